@@ -1,0 +1,8 @@
+// Every kernel, in dependency order; included once per instruction set, after its vec_*.h.
+#include "attn_fwd.inl.h"
+#include "attn_bwd.inl.h"
+#include "attn_decode.inl.h"
+#include "cross_entropy.inl.h"
+
+#define FASTATTN_KERNEL_TABLE(isa) \
+  {isa, usable, attn_fwd, attn_bwd, attn_decode, cache_append, cross_entropy_fwd, cross_entropy_bwd}

@@ -1,0 +1,19 @@
+// All that kernels include from outside, gathered before any isa_*.cpp opens its target region.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "elements.h"
+#include "kernels.h"
