@@ -1,0 +1,480 @@
+"""The specification: attention and cross-entropy in eager PyTorch, as docs/design.md states them.
+
+Every backend is held to these functions. They take the plainest correct formula: scores exist as
+whole matrices, nothing is tiled. fp16, bf16 and fp32 are computed in fp32, fp64 in fp64. Forward
+functions (decoding apart) are differentiable by autograd any number of times; the `*_backward` are
+the same gradients written out, from what a kernel keeps.
+
+A key is *visible* to a query if mask and window let it. What is not visible has no influence, NaN
+included: neither on the scores nor through 0 · NaN in a product. A row whose scores are all −inf,
+or that has none, gives out 0, lse −inf and zero gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastattn import philox
+from fastattn.problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _without_autocast(function: Function) -> Function:
+    """Keeps an ambient autocast away from the fp32 products; the first tensor tells the device."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _accumulator_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+class AttentionGradients(NamedTuple):
+    """Each of its input's shape and dtype; None where there is no bias, or no sinks."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+    dsinks: Tensor | None
+
+
+@_without_autocast
+def attention(p: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Exact attention with every feature of the contract.
+
+    Returns out (B, S_q, H_q, D_v), contiguous, in q's dtype, and lse (B, H_q, S_q), in fp32 (fp64
+    for fp64 inputs); packed, (T_q, H_q, D_v) and (H_q, T_q). lse is the natural log of the sum of
+    exp(s), sinks included and before dropout. Tokens behind the last packed sequence give out 0 and
+    lse −inf.
+    """
+    if not p.packed:
+        return _attention_dense(p)
+    outs, lses = [], []
+    for sequence in _sequences(p):
+        out, lse = _attention_dense(sequence.problem, sequence.index)
+        outs.append(out[0])
+        lses.append(lse[0])
+    unused = p.q.shape[0] - sum(out.shape[0] for out in outs)
+    outs.append(p.q.new_zeros(unused, p.q.shape[1], p.v.shape[2]))
+    lses.append(p.q.new_full((p.q.shape[1], unused), -torch.inf, dtype=_accumulator_dtype(p.q)))
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+@_without_autocast
+def attention_backward(
+    p: AttentionProblem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None = None
+) -> AttentionGradients:
+    """The gradients of `attention`, from its inputs and outputs and the outputs' gradients.
+
+    The weights are recomputed as exp(s − lse). With dP = dout Vᵀ and delta = rowsum(dout · out),
+    ds = weights · (dP − delta + dlse): Dao et al., "FlashAttention", 2022, appendix B.4, and dlse
+    enters as d lse / ds = weights. A sink is one more score, whose dP is 0.
+    """
+    core = _attention_backward_packed if p.packed else _attention_backward_dense
+    dq, dk, dv, dscores, dsinks = core(p, out, lse, dout, dlse)
+    return AttentionGradients(
+        dq.to(p.q.dtype),
+        dk.to(p.k.dtype),
+        dv.to(p.v.dtype),
+        None if p.bias is None else dscores.sum_to_size(p.bias.shape).to(p.bias.dtype),
+        None if p.sinks is None else dsinks.to(p.sinks.dtype),
+    )
+
+
+def _attention_dense(p: AttentionProblem, first_batch: int = 0) -> tuple[Tensor, Tensor]:
+    q, k, v = _heads_first(p)
+    visible = _visible(p)
+    s, _ = _scores(p, q, k, visible)
+
+    # The maximum cancels out of the weights and of lse, so no gradient passes through it.
+    row_max = s.detach().amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
+    sinks = None if p.sinks is None else p.sinks.to(s.dtype)[:, None]  # (H_q, 1)
+    if sinks is not None:
+        row_max = torch.maximum(row_max, sinks.detach())
+    empty = row_max == -torch.inf
+    row_max = row_max.masked_fill(empty, 0.0)  # −inf − (−inf) would be NaN
+    weights = torch.exp(s - row_max[..., None])
+    row_sum = weights.sum(-1)
+    if sinks is not None:
+        row_sum = row_sum + torch.exp(sinks - row_max)
+    row_sum = row_sum.masked_fill(empty, 1.0)  # log and 1/x have no gradient at 0
+    lse = (row_max + torch.log(row_sum)).masked_fill(empty, -torch.inf)  # (B, H_q, S_q)
+
+    weights = weights / row_sum[..., None]
+    if p.dropout_p > 0:
+        weights = weights * _keep_scale(p, weights, first_batch)
+    out = _product(weights, v, visible)  # (B, H_q, S_q, D_v)
+    return out.transpose(1, 2).to(p.q.dtype).contiguous(), lse
+
+
+class _DenseGradients(NamedTuple):
+    dq: Tensor  # (B, S_q, H_q, D); packed (T_q, H_q, D)
+    dk: Tensor  # (B, S_k, H_k, D)
+    dv: Tensor  # (B, S_k, H_k, D_v)
+    dscores: Tensor  # (B, H_q, S_q, S_k): the gradient of a bias of full shape
+    dsinks: Tensor  # (H_q,); zeros without sinks
+
+
+def _attention_backward_dense(
+    p: AttentionProblem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    first_batch: int = 0,
+) -> _DenseGradients:
+    q, k, v = _heads_first(p)
+    out, dout = (x.to(q.dtype).transpose(1, 2) for x in (out, dout))
+    visible = _visible(p)
+    hidden = None if visible is None else ~visible
+    s, slope = _scores(p, q, k, visible)
+
+    def clear_hidden(x: Tensor) -> Tensor:
+        return x if hidden is None else x.masked_fill(hidden, 0.0)
+
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # all scores −inf: exp(s − 0) is 0 as it should
+    weights = clear_hidden(torch.exp(s - lse[..., None]))
+    dweights = _dot(dout, v, visible)
+    row_term = -(dout * out).sum(-1) + (0.0 if dlse is None else dlse)  # dlse − delta
+    dropped = weights
+    if p.dropout_p > 0:
+        keep_scale = _keep_scale(p, weights, first_batch)
+        dropped, dweights = weights * keep_scale, dweights * keep_scale
+    ds = clear_hidden(weights * (dweights + row_term[..., None]))
+    dqk = clear_hidden(p.scale * slope * ds)  # the gradient of q · k
+
+    transposed = None if visible is None else visible.mT
+    dq = _product(dqk, k, visible)
+    dk = _product(dqk.mT, q, transposed)
+    dv = _product(dropped.mT, dout, transposed)
+    dsinks = row_term.new_zeros(row_term.shape[1])
+    if p.sinks is not None:
+        dsinks = (torch.exp(p.sinks.to(s.dtype)[:, None] - lse) * row_term).sum((0, 2))
+
+    groups = p.k.shape[2], p.q.shape[2] // p.k.shape[2]
+    dk, dv = (x.unflatten(1, groups).sum(2) for x in (dk, dv))
+    return _DenseGradients(dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), ds, dsinks)
+
+
+def _attention_backward_packed(
+    p: AttentionProblem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> _DenseGradients:
+    dtype, heads = _accumulator_dtype(p.q), p.q.shape[1]
+    batch = p.cu_seqlens_q.shape[0] - 1  # type: ignore[union-attr]
+    scores_shape = (batch, heads, p.max_seqlen_q, p.max_seqlen_k) if p.bias is not None else (0,)
+    total = _DenseGradients(
+        *(x.new_zeros(x.shape, dtype=dtype) for x in (p.q, p.k, p.v)),
+        dscores=p.q.new_zeros(scores_shape, dtype=dtype),
+        dsinks=p.q.new_zeros(heads, dtype=dtype),
+    )
+    for index, rows, keys, sequence in _sequences(p):
+        row_dlse = None if dlse is None else dlse[None, :, rows]
+        dq, dk, dv, dscores, dsinks = _attention_backward_dense(
+            sequence, out[None, rows], lse[None, :, rows], dout[None, rows], row_dlse, index
+        )
+        total.dq[rows], total.dk[keys], total.dv[keys] = dq[0], dk[0], dv[0]
+        if p.bias is not None:
+            total.dscores[index, :, : dscores.shape[2], : dscores.shape[3]] = dscores[0]
+        total.dsinks.add_(dsinks)
+    return total
+
+
+class _Sequence(NamedTuple):
+    index: int  # in the batch; the Philox counter's b
+    rows: slice  # of q
+    keys: slice  # of k and v
+    problem: AttentionProblem  # dense, batch 1
+
+
+def _sequences(p: AttentionProblem) -> Iterator[_Sequence]:
+    """A packed problem's sequences; its mask and bias are over the longest ones, cut to each."""
+    assert p.cu_seqlens_q is not None and p.cu_seqlens_k is not None
+    offsets_q, offsets_k = p.cu_seqlens_q.tolist(), p.cu_seqlens_k.tolist()
+    batch = len(offsets_q) - 1
+    for b in range(batch):
+        rows, keys = slice(*offsets_q[b : b + 2]), slice(*offsets_k[b : b + 2])
+        q, k, v = p.q[None, rows], p.k[None, keys], p.v[None, keys]
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            x = x.expand(batch, -1, p.max_seqlen_q, p.max_seqlen_k)
+            return x[b : b + 1, :, : q.shape[1], : k.shape[1]]  # noqa: B023
+
+        slopes = p.alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b]
+        problem = p._replace(q=q, k=k, v=v, mask=cut(p.mask), bias=cut(p.bias), alibi_slopes=slopes)
+        yield _Sequence(b, rows, keys, problem._replace(cu_seqlens_q=None, cu_seqlens_k=None))
+
+
+def _heads_first(p: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as (B, H_q, S, D) in the accumulator dtype, each KV head repeated for its group."""
+    dtype, group_size = _accumulator_dtype(p.q), p.q.shape[2] // p.k.shape[2]
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (p.q, p.k, p.v))
+    if group_size > 1:
+        k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
+    return q, k, v
+
+
+def _diagonal_distance(p: AttentionProblem) -> Tensor:
+    """j − (i + S_k − S_q), (S_q, S_k): 0 on the diagonal that ends in the bottom right corner."""
+    seqlen_q, seqlen_k = p.q.shape[1], p.k.shape[1]
+    i = torch.arange(seqlen_q, device=p.q.device)[:, None]
+    j = torch.arange(seqlen_k, device=p.q.device)
+    return j - (i + seqlen_k - seqlen_q)
+
+
+def _visible(p: AttentionProblem) -> Tensor | None:
+    """Bool, broadcastable to (B, H_q, S_q, S_k); None if every key is visible to every query."""
+    visible = p.mask
+    if p.window_left >= 0 or p.window_right >= 0:
+        distance = _diagonal_distance(p)
+        left = -p.window_left if p.window_left >= 0 else -torch.inf
+        right = p.window_right if p.window_right >= 0 else torch.inf
+        inside = (distance >= left) & (distance <= right)
+        visible = inside if visible is None else visible & inside
+    return visible
+
+
+def _scores(
+    p: AttentionProblem, q: Tensor, k: Tensor, visible: Tensor | None
+) -> tuple[Tensor, Tensor | float]:
+    """s (B, H_q, S_q, S_k), −inf where not visible, and its derivative by scale · q · k."""
+    s = p.scale * _dot(q, k, visible)
+    slope: Tensor | float = 1.0
+    if p.softcap > 0:
+        t = torch.tanh(s / p.softcap)
+        s, slope = p.softcap * t, 1 - t * t
+    if p.bias is not None:
+        s = s + p.bias.to(s.dtype)
+    if p.alibi_slopes is not None:
+        s = s - p.alibi_slopes.to(s.dtype)[..., None, None] * _diagonal_distance(p).abs()
+    if visible is not None:
+        s = s.masked_fill(~visible, -torch.inf)
+    return s, slope
+
+
+def _keep_scale(p: AttentionProblem, weights: Tensor, first_batch: int) -> Tensor:
+    """The factor of each weight: 0 where dropped, 1 / (1 − p) where kept."""
+    assert p.seed is not None
+    keep = philox.keep_mask(p.seed, p.dropout_p, *weights.shape, weights.device, first_batch)
+    return keep.to(weights.dtype) * (1 / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0)
+
+
+def _dot(a: Tensor, b: Tensor, visible: Tensor | None) -> Tensor:
+    """a · b over the last axis: (…, M, D) and (…, N, D) give (…, M, N); valid where visible.
+
+    A NaN in b must not come back through autograd to an `a` that does not see it, as it would from
+    a plain product, where 0 · NaN is NaN. So what is hidden is cleared first, one b at a time.
+    """
+    if visible is None or _all_finite(b):
+        return a @ b.mT
+    visible = visible.expand(*a.shape[:-1], b.shape[-2])
+    columns = range(b.shape[-2])
+    return torch.stack(
+        [(a * b[..., None, n, :].where(visible[..., n, None], 0.0)).sum(-1) for n in columns], -1
+    )
+
+
+def _product(weights: Tensor, x: Tensor, visible: Tensor | None) -> Tensor:
+    """weights · x over the visible pairs: (…, M, N) and (…, N, D) give (…, M, D)."""
+    if visible is None or _all_finite(x):
+        return weights @ x
+    visible = visible.expand(weights.shape)
+    total = weights.new_zeros(*weights.shape[:-1], x.shape[-1])
+    for n in range(x.shape[-2]):
+        total = total + weights[..., n, None] * x[..., None, n, :].where(visible[..., n, None], 0.0)
+    return total
+
+
+def _all_finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@_without_autocast
+def attention_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
+    """Attention of a few queries over a KV cache, after rotary embedding and append: no gradients.
+
+    New keys, rotated at positions cache_seqlens + i, and values are written to the cache in place,
+    at those positions. Queries are rotated at cache_seqlens + i if there is a window (causal is
+    one), else all at cache_seqlens; what is rotated is rounded to its dtype. Then each sequence
+    attends to the keys of positions [leftpad, cache_seqlens + S_new), the last query aligned with
+    the last key. Returns out (B, S_q, H_q, D_v) in q's dtype and lse (B, H_q, S_q).
+    Semantics of flash_attn_with_kvcache in the flash_attn package.
+    """
+    batch, seqlen_q, heads, _ = p.q.shape
+    seqlen_new = 0 if p.k is None else p.k.shape[1]
+    windowed = p.window_left >= 0 or p.window_right >= 0
+    out = p.q.new_empty(batch, seqlen_q, heads, p.v_cache.shape[-1])
+    lse = p.q.new_empty(batch, heads, seqlen_q, dtype=_accumulator_dtype(p.q))
+    starts = [0] * batch if p.cache_leftpad is None else p.cache_leftpad.tolist()
+    for b, (start, cached) in enumerate(zip(starts, p.cache_seqlens.tolist(), strict=True)):
+        if p.k is not None and p.v is not None:
+            positions = torch.arange(cached, cached + seqlen_new, device=p.q.device)
+            place = _cache_place(p, b, positions)
+            p.k_cache[place] = _rotate(p, p.k[b], positions)
+            p.v_cache[place] = p.v[b]
+        positions = cached + torch.arange(seqlen_q, device=p.q.device) * windowed
+        visible_keys = torch.arange(start, cached + seqlen_new, device=p.q.device)
+        place = _cache_place(p, b, visible_keys)
+        slopes = p.alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b]
+        sequence = AttentionProblem(
+            q=_rotate(p, p.q[b], positions)[None],
+            k=p.k_cache[place][None],
+            v=p.v_cache[place][None],
+            alibi_slopes=slopes,
+            sinks=p.sinks,
+            window_left=p.window_left,
+            window_right=p.window_right,
+            scale=p.scale,
+            softcap=p.softcap,
+        )
+        out[b : b + 1], lse[b : b + 1] = _attention_dense(sequence)
+    return out, lse
+
+
+def _cache_place(p: DecodeProblem, b: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two indices into the cache of these positions of sequence b."""
+    if p.block_table is not None:
+        page_size = p.k_cache.shape[1]
+        return p.block_table[b].long()[positions // page_size], positions % page_size
+    row = b if p.cache_batch_idx is None else int(p.cache_batch_idx[b])
+    return torch.full_like(positions, row), positions
+
+
+def _rotate(p: DecodeProblem, x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding of x (S, H, D) at `positions` (S,): its first rotary_dim elements, in pairs.
+
+    Su et al., "RoFormer", 2021. Pairs are (2i, 2i + 1) if interleaved, else (i, i + rotary_dim/2).
+    """
+    if p.rotary_cos is None or p.rotary_sin is None:
+        return x
+    dtype = _accumulator_dtype(x)
+    cos, sin = (table[positions].to(dtype)[:, None] for table in (p.rotary_cos, p.rotary_sin))
+    rotary_dim = 2 * cos.shape[-1]
+    rotated, rest = x[..., :rotary_dim].to(dtype), x[..., rotary_dim:]
+    pair_axis, shape = (-1, (-1, 2)) if p.rotary_interleaved else (-2, (2, -1))
+    first, second = rotated.unflatten(-1, shape).unbind(pair_axis)
+    pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), pair_axis)
+    return torch.cat((pairs.flatten(-2).to(x.dtype), rest), dim=-1)
+
+
+# --- cross-entropy --------------------------------------------------------------------------------
+
+
+@_without_autocast
+def cross_entropy(p: CrossEntropyProblem) -> tuple[Tensor, Tensor]:
+    """Loss (N,), 0 on ignored rows, and lse (N,) of every row; fp32, or fp64 for fp64 logits.
+
+    With z the softcapped logits, y the target, m = max(z) and nll_c = log Σ exp(z − m) − (z_c − m),
+    not lse − z_c, which cancels at large offsets:
+    loss = (1 − ε) w_y nll_y + ε/V Σ_c w_c nll_c + z_loss · lse².
+    """
+    z, _ = _capped_logits(p)
+    row_max = z.detach().amax(-1, keepdim=True)
+    shifted = z - row_max
+    log_sum = shifted.exp().sum(-1).log()
+    lse = log_sum + row_max[:, 0]
+
+    ignored = p.target == p.ignore_index
+    target = p.target.masked_fill(ignored, 0)
+    nll = log_sum - shifted.gather(1, target[:, None])[:, 0]
+    if p.weight is not None:
+        nll = nll * p.weight.to(z.dtype)[target]
+    loss = (1 - p.label_smoothing) * nll
+    if p.label_smoothing > 0:
+        weighted = log_sum[:, None] - shifted
+        if p.weight is not None:
+            weighted = weighted * p.weight.to(z.dtype)
+        loss = loss + p.label_smoothing * weighted.mean(-1)
+    if p.z_loss != 0:
+        loss = loss + p.z_loss * lse * lse
+    return loss.masked_fill(ignored, 0.0), lse
+
+
+@_without_autocast
+def cross_entropy_backward(
+    p: CrossEntropyProblem, lse: Tensor, dloss: Tensor, dlse: Tensor | None = None
+) -> Tensor:
+    """dlogits (N, V) in the logits' dtype, from the gradients (N,) of loss and lse.
+
+    dz_c = dloss · ((1 − ε) w_y (p_c − [c = y]) + ε/V Σ_j w_j (p_c − [c = j]) + 2 z_loss lse p_c)
+    + dlse · p_c, its first two terms and the z-loss 0 on ignored rows. p is computed from the
+    logits' own maximum: at a large offset the rounded lse would be wrong by a factor. p − 1 is
+    formed in the accumulator's dtype, before any rounding to the logits'.
+    """
+    z, slope = _capped_logits(p)
+    probabilities = torch.softmax(z, dim=-1)
+    ignored = p.target == p.ignore_index
+    target = p.target.masked_fill(ignored, 0)[:, None]
+    one_hot = torch.zeros_like(z).scatter_(1, target, 1.0)
+    dz = (1 - p.label_smoothing) * (probabilities - one_hot)
+    if p.weight is not None:
+        dz = dz * p.weight.to(z.dtype)[target]
+    if p.label_smoothing > 0:
+        weight = torch.ones_like(z[0]) if p.weight is None else p.weight.to(z.dtype)
+        smooth = weight.sum() * probabilities - weight
+        dz = dz + p.label_smoothing / z.shape[1] * smooth
+    dz = dz + (2 * p.z_loss * lse)[:, None] * probabilities
+    dz = (dz * dloss[:, None]).masked_fill(ignored[:, None], 0.0)
+    if dlse is not None:
+        dz = dz + dlse[:, None] * probabilities
+    return (dz * slope).to(p.logits.dtype)
+
+
+@_without_autocast
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of input (N, C) @ linear_weightᵀ (C, V) + linear_bias (V,): loss, lse (N,).
+
+    The logits exist whole, in the accumulator's dtype, never rounded to the input's.
+    """
+    dtype = _accumulator_dtype(input)
+    logits = input.to(dtype) @ linear_weight.to(dtype).mT
+    if linear_bias is not None:
+        logits = logits + linear_bias.to(dtype)
+    return cross_entropy(
+        CrossEntropyProblem(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap)
+    )
+
+
+def _capped_logits(p: CrossEntropyProblem) -> tuple[Tensor, Tensor | float]:
+    """The softcapped logits in the accumulator's dtype, and their derivative by the logits."""
+    z = p.logits.to(_accumulator_dtype(p.logits))
+    if p.softcap == 0:
+        return z, 1.0
+    t = torch.tanh(z / p.softcap)
+    return p.softcap * t, 1 - t * t
