@@ -1,4 +1,5 @@
 // Every kernel, in dependency order; included once per instruction set, after its vec_*.h.
+#include "vec_math.inl.h"
 #include "attn_fwd.inl.h"
 #include "attn_bwd.inl.h"
 #include "attn_decode.inl.h"
