@@ -66,7 +66,7 @@ def attention(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     if not p.packed:
         return _attention_dense(p)
     outs, lses = [], []
-    for sequence in _sequences(p):
+    for sequence in packed_sequences(p):
         out, lse = _attention_dense(sequence.problem, sequence.index)
         outs.append(out[0])
         lses.append(lse[0])
@@ -99,7 +99,7 @@ def attention_backward(
 
 def _attention_dense(p: AttentionProblem, first_batch: int = 0) -> tuple[Tensor, Tensor]:
     q, k, v = _heads_first(p)
-    visible = _visible(p)
+    visible = visible_keys(p)
     s, _ = _scores(p, q, k, visible)
 
     # The maximum cancels out of the weights and of lse, so no gradient passes through it.
@@ -118,7 +118,7 @@ def _attention_dense(p: AttentionProblem, first_batch: int = 0) -> tuple[Tensor,
 
     weights = weights / row_sum[..., None]
     if p.dropout_p > 0:
-        weights = weights * _keep_scale(p, weights, first_batch)
+        weights = weights * dropout_scale(p, weights, first_batch)
     out = _product(weights, v, visible)  # (B, H_q, S_q, D_v)
     return out.transpose(1, 2).to(p.q.dtype).contiguous(), lse
 
@@ -141,7 +141,7 @@ def _attention_backward_dense(
 ) -> _DenseGradients:
     q, k, v = _heads_first(p)
     out, dout = (x.to(q.dtype).transpose(1, 2) for x in (out, dout))
-    visible = _visible(p)
+    visible = visible_keys(p)
     hidden = None if visible is None else ~visible
     s, slope = _scores(p, q, k, visible)
 
@@ -154,8 +154,8 @@ def _attention_backward_dense(
     row_term = -(dout * out).sum(-1) + (0.0 if dlse is None else dlse)  # dlse − delta
     dropped = weights
     if p.dropout_p > 0:
-        keep_scale = _keep_scale(p, weights, first_batch)
-        dropped, dweights = weights * keep_scale, dweights * keep_scale
+        factor = dropout_scale(p, weights, first_batch)
+        dropped, dweights = weights * factor, dweights * factor
     ds = clear_hidden(weights * (dweights + row_term[..., None]))
     dqk = clear_hidden(p.scale * slope * ds)  # the gradient of q · k
 
@@ -183,7 +183,7 @@ def _attention_backward_packed(
         dscores=p.q.new_zeros(scores_shape, dtype=dtype),
         dsinks=p.q.new_zeros(heads, dtype=dtype),
     )
-    for index, rows, keys, sequence in _sequences(p):
+    for index, rows, keys, sequence in packed_sequences(p):
         row_dlse = None if dlse is None else dlse[None, :, rows]
         dq, dk, dv, dscores, dsinks = _attention_backward_dense(
             sequence, out[None, rows], lse[None, :, rows], dout[None, rows], row_dlse, index
@@ -195,14 +195,14 @@ def _attention_backward_packed(
     return total
 
 
-class _Sequence(NamedTuple):
+class PackedSequence(NamedTuple):
     index: int  # in the batch; the Philox counter's b
     rows: slice  # of q
     keys: slice  # of k and v
     problem: AttentionProblem  # dense, batch 1
 
 
-def _sequences(p: AttentionProblem) -> Iterator[_Sequence]:
+def packed_sequences(p: AttentionProblem) -> Iterator[PackedSequence]:
     """A packed problem's sequences; its mask and bias are over the longest ones, cut to each."""
     assert p.cu_seqlens_q is not None and p.cu_seqlens_k is not None
     offsets_q, offsets_k = p.cu_seqlens_q.tolist(), p.cu_seqlens_k.tolist()
@@ -218,10 +218,17 @@ def _sequences(p: AttentionProblem) -> Iterator[_Sequence]:
             return x[b : b + 1, :, : q.shape[1], : k.shape[1]]  # noqa: B023
 
         slopes = p.alibi_slopes
-        if slopes is not None and slopes.dim() == 2:
-            slopes = slopes[b]
-        problem = p._replace(q=q, k=k, v=v, mask=cut(p.mask), bias=cut(p.bias), alibi_slopes=slopes)
-        yield _Sequence(b, rows, keys, problem._replace(cu_seqlens_q=None, cu_seqlens_k=None))
+        problem = p._replace(
+            q=q,
+            k=k,
+            v=v,
+            mask=cut(p.mask),
+            bias=cut(p.bias),
+            alibi_slopes=slopes[b] if slopes is not None and slopes.dim() == 2 else slopes,
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+        )
+        yield PackedSequence(b, rows, keys, problem)
 
 
 def _heads_first(p: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +240,7 @@ def _heads_first(p: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _diagonal_distance(p: AttentionProblem) -> Tensor:
+def diagonal_distance(p: AttentionProblem) -> Tensor:
     """j − (i + S_k − S_q), (S_q, S_k): 0 on the diagonal that ends in the bottom right corner."""
     seqlen_q, seqlen_k = p.q.shape[1], p.k.shape[1]
     i = torch.arange(seqlen_q, device=p.q.device)[:, None]
@@ -241,11 +248,11 @@ def _diagonal_distance(p: AttentionProblem) -> Tensor:
     return j - (i + seqlen_k - seqlen_q)
 
 
-def _visible(p: AttentionProblem) -> Tensor | None:
+def visible_keys(p: AttentionProblem) -> Tensor | None:
     """Bool, broadcastable to (B, H_q, S_q, S_k); None if every key is visible to every query."""
     visible = p.mask
     if p.window_left >= 0 or p.window_right >= 0:
-        distance = _diagonal_distance(p)
+        distance = diagonal_distance(p)
         left = -p.window_left if p.window_left >= 0 else -torch.inf
         right = p.window_right if p.window_right >= 0 else torch.inf
         inside = (distance >= left) & (distance <= right)
@@ -265,13 +272,13 @@ def _scores(
     if p.bias is not None:
         s = s + p.bias.to(s.dtype)
     if p.alibi_slopes is not None:
-        s = s - p.alibi_slopes.to(s.dtype)[..., None, None] * _diagonal_distance(p).abs()
+        s = s - p.alibi_slopes.to(s.dtype)[..., None, None] * diagonal_distance(p).abs()
     if visible is not None:
         s = s.masked_fill(~visible, -torch.inf)
     return s, slope
 
 
-def _keep_scale(p: AttentionProblem, weights: Tensor, first_batch: int) -> Tensor:
+def dropout_scale(p: AttentionProblem, weights: Tensor, first_batch: int) -> Tensor:
     """The factor of each weight: 0 where dropped, 1 / (1 − p) where kept."""
     assert p.seed is not None
     keep = philox.keep_mask(p.seed, p.dropout_p, *weights.shape, weights.device, first_batch)
@@ -324,36 +331,39 @@ def attention_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
     Semantics of flash_attn_with_kvcache in the flash_attn package.
     """
     batch, seqlen_q, heads, _ = p.q.shape
-    seqlen_new = 0 if p.k is None else p.k.shape[1]
-    windowed = p.window_left >= 0 or p.window_right >= 0
     out = p.q.new_empty(batch, seqlen_q, heads, p.v_cache.shape[-1])
     lse = p.q.new_empty(batch, heads, seqlen_q, dtype=_accumulator_dtype(p.q))
-    starts = [0] * batch if p.cache_leftpad is None else p.cache_leftpad.tolist()
-    for b, (start, cached) in enumerate(zip(starts, p.cache_seqlens.tolist(), strict=True)):
+    for b, sequence in enumerate(decode_sequences(p)):
+        out[b : b + 1], lse[b : b + 1] = _attention_dense(sequence)
+    return out, lse
+
+
+def decode_sequences(p: DecodeProblem) -> Iterator[AttentionProblem]:
+    """Appends to the cache, and gives each sequence as a dense problem of batch 1 over its keys."""
+    seqlen_q, seqlen_new = p.q.shape[1], 0 if p.k is None else p.k.shape[1]
+    windowed = p.window_left >= 0 or p.window_right >= 0
+    lengths = p.cache_seqlens.tolist()
+    starts = [0] * len(lengths) if p.cache_leftpad is None else p.cache_leftpad.tolist()
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         if p.k is not None and p.v is not None:
-            positions = torch.arange(cached, cached + seqlen_new, device=p.q.device)
+            positions = torch.arange(length, length + seqlen_new, device=p.q.device)
             place = _cache_place(p, b, positions)
             p.k_cache[place] = _rotate(p, p.k[b], positions)
             p.v_cache[place] = p.v[b]
-        positions = cached + torch.arange(seqlen_q, device=p.q.device) * windowed
-        visible_keys = torch.arange(start, cached + seqlen_new, device=p.q.device)
-        place = _cache_place(p, b, visible_keys)
+        place = _cache_place(p, b, torch.arange(start, length + seqlen_new, device=p.q.device))
+        positions = length + torch.arange(seqlen_q, device=p.q.device) * windowed
         slopes = p.alibi_slopes
-        if slopes is not None and slopes.dim() == 2:
-            slopes = slopes[b]
-        sequence = AttentionProblem(
+        yield AttentionProblem(
             q=_rotate(p, p.q[b], positions)[None],
             k=p.k_cache[place][None],
             v=p.v_cache[place][None],
-            alibi_slopes=slopes,
+            alibi_slopes=slopes[b] if slopes is not None and slopes.dim() == 2 else slopes,
             sinks=p.sinks,
             window_left=p.window_left,
             window_right=p.window_right,
             scale=p.scale,
             softcap=p.softcap,
         )
-        out[b : b + 1], lse[b : b + 1] = _attention_dense(sequence)
-    return out, lse
 
 
 def _cache_place(p: DecodeProblem, b: int, positions: Tensor) -> tuple[Tensor, Tensor]:

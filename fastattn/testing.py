@@ -1,0 +1,289 @@
+"""What tests and benchmarks of every backend share: the bound on errors, and checks against it.
+
+A backend is right when its largest error against the float64 reference is at most a small factor
+times that of textbook code in the inputs' dtype, plus one rounding of its output: the bound comes
+from the data, not from a chosen tolerance. Use, for each case of CASES:
+
+    check_attention(backend_attention, make_problem(case, torch.bfloat16))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.cases import (
+    CASES,
+    CAUSAL,
+    CE_CASES,
+    DECODE_CASES,
+    Case,
+    CrossEntropyCase,
+    DecodeCase,
+    make_cross_entropy_problem,
+    make_decode_problem,
+    make_problem,
+)
+from fastattn.problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+
+__all__ = [
+    "CASES",
+    "CAUSAL",
+    "CE_CASES",
+    "DECODE_CASES",
+    "Case",
+    "CrossEntropyCase",
+    "DecodeCase",
+    "assert_close_to_reference",
+    "assert_results_close",
+    "attention_expected",
+    "attention_results",
+    "check_attention",
+    "check_cross_entropy",
+    "check_decode",
+    "cross_entropy_expected",
+    "cross_entropy_results",
+    "decode_results",
+    "eager_attention",
+    "eager_cross_entropy",
+    "eager_decode",
+    "make_cross_entropy_problem",
+    "make_decode_problem",
+    "make_problem",
+    "random_like",
+    "to_float64",
+]
+
+FORWARD_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+
+Results = dict[str, Tensor]  # by the names of the glossary: out, lse, dq, …
+AttentionFunction = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
+DecodeFunction = Callable[[DecodeProblem], tuple[Tensor, Tensor]]
+CrossEntropyFunction = Callable[[CrossEntropyProblem], tuple[Tensor, Tensor]]
+Problem = TypeVar("Problem", AttentionProblem, DecodeProblem, CrossEntropyProblem)
+
+
+# --- the bound ------------------------------------------------------------------------------------
+
+
+def assert_close_to_reference(
+    ours: Tensor, ref64: Tensor, eager: Tensor, factor: float, name: str = "result"
+) -> None:
+    """max|ours − ref64| ≤ factor · max|eager − ref64| + one ulp of ours at ref64's magnitude.
+
+    NaN and ±inf must stand exactly where the reference has them. All three have one shape; `eager`
+    is textbook code in the inputs' dtype.
+    """
+    assert ours.shape == ref64.shape, f"{name}: shape {ours.shape}, expected {ref64.shape}"
+    info = torch.finfo(ours.dtype)
+    ours, ref64, eager = (x.detach().double().cpu() for x in (ours, ref64, eager))
+    finite = ref64.isfinite()
+    wrong = ~torch.where(finite, ours.isfinite(), (ours == ref64) | (ours.isnan() & ref64.isnan()))
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements are finite where the reference"
+            f" is not or the reverse; first at {at}: {ours[at]:g}, reference {ref64[at]:g}"
+        )
+    if not finite.any():
+        return
+    error = (ours - ref64).abs().where(finite, 0.0)
+    eager_error = _max_error(eager, ref64)
+    assert eager_error < torch.inf, f"{name}: the eager yardstick is not finite, so gives no bound"
+    rounding = info.eps * max(float(ref64[finite].abs().max()), info.smallest_normal)
+    bound = factor * eager_error + rounding
+    if float(error.max()) > bound:
+        at = tuple((error == error.max()).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}: max error {error[at]:.3e} is over the bound {bound:.3e} ="
+            f" {factor:g} · {eager_error:.3e} (eager) + {rounding:.3e} (rounding);"
+            f" worst at {at} of {tuple(error.shape)}: {ours[at]:.9g}, reference {ref64[at]:.9g};"
+            f" {int((error > bound).sum())} of {error.numel()} elements are over the bound"
+        )
+
+
+def _max_error(x: Tensor, ref64: Tensor) -> float:
+    error = (x.detach().double() - ref64).abs().where(ref64.isfinite(), 0.0)
+    return float(error.max()) if error.numel() else 0.0
+
+
+def assert_results_close(ours: Results, ref64: Results, eager: Results) -> None:
+    """`assert_close_to_reference` of every result; names that begin with d are gradients."""
+    assert ours.keys() == ref64.keys(), f"got {list(ours)}, expected {list(ref64)}"
+    for name in ref64:
+        factor = GRADIENT_FACTOR if name.startswith("d") else FORWARD_FACTOR
+        assert_close_to_reference(ours[name], ref64[name], eager[name], factor, name)
+
+
+def to_float64(p: Problem) -> Problem:
+    """The same problem from the same rounded inputs, in float64 and outside any graph."""
+    return p._make(
+        x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in p
+    )
+
+
+def random_like(x: Tensor, seed: int) -> Tensor:
+    """Normal numbers to send back as the gradient of x: multiples of 1/64, exact in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(x.shape, generator=generator).mul(64).round().clamp(-255, 255)
+    return (steps / 64).to(x.device, x.dtype)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def check_attention(function: AttentionFunction, p: AttentionProblem, seed: int = 1) -> None:
+    """Holds function(p) → (out, lse), and its gradients by autograd, to the bound."""
+    ours = attention_results(function, p, seed)
+    assert ours["out"].dtype == p.q.dtype and ours["lse"].dtype == torch.float32
+    assert_results_close(ours, *attention_expected(p, seed))
+
+
+def attention_results(function: AttentionFunction, p: AttentionProblem, seed: int = 1) -> Results:
+    """out, lse, dq, dk, dv and, where p has them, dbias and dsinks, for random dout and dlse."""
+    inputs = {name: getattr(p, name) for name in ("q", "k", "v", "bias", "sinks")}
+    leaves = {
+        name: x.detach().requires_grad_() for name, x in inputs.items() if isinstance(x, Tensor)
+    }
+    out, lse = function(p._replace(**leaves))
+    dout, dlse = random_like(out, seed), random_like(lse, seed + 1)
+    grads = torch.autograd.grad((out, lse), list(leaves.values()), (dout, dlse))
+    names = (f"d{name}" for name in leaves)
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def attention_expected(p: AttentionProblem, seed: int = 1) -> tuple[Results, Results]:
+    """What `attention_results` should be: the float64 reference's, and textbook code's.
+
+    There are two textbooks for gradients: autograd through the softmax, and recomputation from out
+    and lse, which rounds dP − delta where autograd may cancel exactly. The worse of them counts.
+    """
+    ref64 = attention_results(reference.attention, to_float64(p), seed)
+    eager = attention_results(eager_attention, p, seed)
+    out, lse = reference.attention(p)
+    dout, dlse = random_like(out, seed), random_like(lse, seed + 1)
+    recomputed = reference.attention_backward(p, out, lse, dout, dlse)
+    for name, grad in recomputed._asdict().items():
+        if grad is not None and _max_error(grad, ref64[name]) > _max_error(
+            eager[name], ref64[name]
+        ):
+            eager[name] = grad
+    return ref64, eager
+
+
+def eager_attention(p: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Attention as a textbook has it, every step in q's dtype: the yardstick of rounding errors."""
+    if not p.packed:
+        return _eager_attention_dense(p)
+    outs, lses = [p.q.new_zeros(0, p.q.shape[1], p.v.shape[2])], [p.q.new_zeros(p.q.shape[1], 0)]
+    for index, _, _, sequence in reference.packed_sequences(p):
+        out, lse = _eager_attention_dense(sequence, index)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def _eager_attention_dense(p: AttentionProblem, first_batch: int = 0) -> tuple[Tensor, Tensor]:
+    dtype, group_size = p.q.dtype, p.q.shape[2] // p.k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))  # (B, H, S, D)
+    k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
+    s = q @ k.mT * p.scale
+    if p.softcap > 0:
+        s = p.softcap * torch.tanh(s / p.softcap)
+    if p.bias is not None:
+        s = s + p.bias.to(dtype)
+    if p.alibi_slopes is not None:
+        distance = reference.diagonal_distance(p).abs()
+        s = s - (p.alibi_slopes[..., None, None] * distance).to(dtype)
+    visible = reference.visible_keys(p)
+    if visible is not None:
+        s = s.masked_fill(~visible, -torch.inf)
+    seqlen_k = s.shape[-1]
+    if p.sinks is not None:
+        sinks = p.sinks.to(dtype)[:, None, None].expand(*s.shape[:-1], 1)
+        s = torch.cat((s, sinks), dim=-1)
+    lse = torch.logsumexp(s, dim=-1)
+    empty = (s == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(s.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+    weights = weights[..., :seqlen_k]
+    if p.dropout_p > 0:
+        weights = weights * reference.dropout_scale(p, weights, first_batch)
+    return (weights @ v).transpose(1, 2), lse.masked_fill(empty[..., 0], -torch.inf)
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+def check_decode(function: DecodeFunction, p: DecodeProblem) -> None:
+    """Holds function(p) → (out, lse), and the cache it appends to, to the bound."""
+    ours, eager = decode_results(function, p), decode_results(eager_decode, p)
+    ref64 = decode_results(reference.attention_decode, to_float64(p))
+    assert ours["out"].dtype == p.q.dtype and ours["lse"].dtype == torch.float32
+    assert_results_close(ours, ref64, eager)
+
+
+def decode_results(function: DecodeFunction, p: DecodeProblem) -> Results:
+    """out, lse and the caches after the append; p's own caches stay as they are."""
+    p = p._replace(k_cache=p.k_cache.clone(), v_cache=p.v_cache.clone())
+    out, lse = function(p)
+    return {"out": out, "lse": lse, "k_cache": p.k_cache, "v_cache": p.v_cache}
+
+
+def eager_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
+    """The textbook attention over each sequence's keys, gathered from the cache."""
+    results = [_eager_attention_dense(sequence) for sequence in reference.decode_sequences(p)]
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs), torch.cat(lses)
+
+
+# --- cross-entropy --------------------------------------------------------------------------------
+
+
+def check_cross_entropy(
+    function: CrossEntropyFunction, p: CrossEntropyProblem, seed: int = 1
+) -> None:
+    """Holds function(p) → (loss, lse), each (N,), and dlogits by autograd, to the bound."""
+    ours = cross_entropy_results(function, p, seed)
+    assert ours["loss"].dtype == ours["lse"].dtype == torch.float32
+    assert_results_close(ours, *cross_entropy_expected(p, seed))
+
+
+def cross_entropy_results(
+    function: CrossEntropyFunction, p: CrossEntropyProblem, seed: int = 1
+) -> Results:
+    """loss, lse and dlogits, for random gradients of both."""
+    logits = p.logits.detach().requires_grad_()
+    loss, lse = function(p._replace(logits=logits))
+    dloss, dlse = random_like(loss, seed), random_like(lse, seed + 1)
+    (dlogits,) = torch.autograd.grad((loss, lse), logits, (dloss, dlse))
+    return {"loss": loss.detach(), "lse": lse.detach(), "dlogits": dlogits}
+
+
+def cross_entropy_expected(p: CrossEntropyProblem, seed: int = 1) -> tuple[Results, Results]:
+    """What `cross_entropy_results` should be: the float64 reference's, and textbook code's."""
+    ref64 = cross_entropy_results(reference.cross_entropy, to_float64(p), seed)
+    return ref64, cross_entropy_results(eager_cross_entropy, p, seed)
+
+
+def eager_cross_entropy(p: CrossEntropyProblem) -> tuple[Tensor, Tensor]:
+    """F.cross_entropy over logits cast to fp32, as training code commonly has it."""
+    z = p.logits.float()
+    if p.softcap > 0:
+        z = p.softcap * torch.tanh(z / p.softcap)
+    loss = F.cross_entropy(
+        z,
+        p.target,
+        p.weight,
+        ignore_index=p.ignore_index,
+        reduction="none",
+        label_smoothing=p.label_smoothing,
+    )
+    lse = torch.logsumexp(z, dim=-1)
+    z_loss = (p.z_loss * lse.square()).masked_fill(p.target == p.ignore_index, 0.0)
+    return loss + z_loss, lse
