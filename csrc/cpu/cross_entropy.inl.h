@@ -1,2 +1,249 @@
-static void cross_entropy_fwd(const CrossEntropyParams&, const Pool&) {}
-static void cross_entropy_bwd(const CrossEntropyParams&, const Pool&) {}
+// Cross-entropy of (N, V) logits x: loss, lse and the gradient, row by row. With z = x, or
+// softcap·tanh(x / softcap),
+//
+//   m = max z,  l = Σ exp(z − m),  lse = m + log l,  nll_c = log l − (z_c − m)
+//   loss = (1 − ε)·w_y·nll_y + ε/V·Σ_c w_c·nll_c + z_loss·lse²
+//   dz_c = p_c·a − [c = y]·t − s·w_c     where p_c = exp(z_c − m) / l, g = dloss of the row,
+//          t = g·(1 − ε)·w_y,  s = g·ε/V,  a = t + s·Σ w + 2·g·z_loss·lse + dlse
+//
+// A row is read from memory once, in chunks that stay in L1 between their maximum and their sum of
+// exponentials, and a second time, from L2, for the gradient. The backward pass measures the row
+// again instead of using the saved lse: at an offset of 2²⁴ the rounded lse is wrong by 1, and
+// exp(z − lse) by a factor e; and the gradient is then the forward's, bit for bit.
+//
+// Plain rows have z = x and ε = 0: neither class weights nor the z-loss touch their inner loops.
+// All others are rich.
+namespace cross_entropy {
+
+constexpr int64_t kChunk = 2048;  // logits: 8 KB of fp32
+constexpr int64_t kPrefetchBytes =
+    4096;  // how far ahead of the maximum; the hardware stops at page ends
+constexpr int64_t kTaskLogits =
+    1 << 16;  // rows are handed to threads in tasks of about this many logits
+constexpr int64_t kStreamBytes = int64_t(4)
+                                 << 20;  // gradients at least this large go past the caches
+constexpr int64_t kHugePageBytes = int64_t(2) << 20;
+
+struct RowStats {
+  float max =
+      -FLT_MAX;   // of z; finite when all are −inf so far, so that −inf − max is −inf and not NaN
+  float sum = 0;  // Σ exp(z − max)
+  float smooth = 0;  // rich: Σ w·(z − max)
+  float weight = 0;  // rich: Σ w
+};
+
+FASTATTN_INLINE Vec softcapped(Vec x, float cap) {
+  return cap > 0 ? broadcast(cap) * tanh(x * broadcast(1 / cap)) : x;
+}
+
+template <class T>
+FASTATTN_INLINE Vec load_or(const T* x, Mask lanes, float otherwise) {
+  return select(lanes, load_partial(x, lanes), broadcast(otherwise));
+}
+
+// Largest of n logits, at least -FLT_MAX; NaNs are passed over (the sum will meet them).
+template <class T>
+FASTATTN_INLINE float chunk_max(const T* x, int64_t n) {
+  constexpr int kLanes = Vec::kLanes, kUnroll = 4;
+  Vec m[kUnroll];
+  for (Vec& each : m) each = broadcast(-FLT_MAX);
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetchBytes;
+    for (size_t line = 0; line < kUnroll * kLanes * sizeof(T); line += 64)
+      prefetch_l2(ahead + line);
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; u++) m[u] = max(load(x + i + u * kLanes), m[u]);
+  }
+  for (; i + kLanes <= n; i += kLanes) m[0] = max(load(x + i), m[0]);
+  if (i < n) m[0] = max(load_or(x + i, first_lanes(n - i), -FLT_MAX), m[0]);
+  return max(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+
+// Adds n logits and their class weights (null = 1) to the row's statistics.
+template <bool kRich, class T>
+FASTATTN_INLINE void add_chunk(const T* x, const float* weight, int64_t n, float cap,
+                               RowStats& row) {
+  constexpr int kLanes = Vec::kLanes;
+  const float old_max = row.max, here = chunk_max(x, n);
+  row.max = std::max(old_max, kRich ? max(softcapped(broadcast(here), cap)) : here);
+  const Vec shift = broadcast(row.max), one = broadcast(1.0f);
+  Vec sum_even = zero(), sum_odd = zero(), smooth = zero(), weights = zero();
+  int64_t i = 0;
+  if constexpr (kRich) {
+    for (; i < n; i += kLanes) {
+      const Mask lanes = first_lanes(n - i);
+      const Vec z = softcapped(load_partial(x + i, lanes), cap) - shift;
+      const Vec w = weight ? load_partial(weight + i, lanes) : select(lanes, one, zero());
+      sum_even = sum_even + select(lanes, exp(z), zero());
+      smooth = smooth + select(lanes, w * z, zero());
+      weights = weights + w;
+    }
+    row.smooth += sum(smooth) - row.weight * (row.max - old_max);
+    row.weight += sum(weights);
+  } else {
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      sum_even = sum_even + exp(load(x + i) - shift);
+      sum_odd = sum_odd + exp(load(x + i + kLanes) - shift);
+    }
+    for (; i < n; i += kLanes) {
+      sum_even = sum_even + exp(load_or(x + i, first_lanes(n - i), -INFINITY) - shift);
+    }
+  }
+  row.sum = row.sum * std::exp(old_max - row.max) + sum(sum_even + sum_odd);
+}
+
+template <bool kRich, class T>
+RowStats row_stats(const T* x, const CrossEntropyParams& p) {
+  RowStats row;
+  for (int64_t c = 0; c < p.vocab; c += kChunk) {
+    const float* weight = kRich && p.weight ? p.weight + c : nullptr;
+    add_chunk<kRich>(x + c, weight, std::min(kChunk, p.vocab - c), p.softcap, row);
+  }
+  if (row.sum == 0 && p.vocab > 0)
+    row.sum = NAN;  // every logit is −inf: no distribution, as in eager
+  return row;
+}
+
+// z'(x)·(a·exp(z − max) − s·w); plain: a·exp(x − max).
+template <bool kRich>
+FASTATTN_INLINE Vec gradient(Vec x, Vec w, float cap, Vec shift, Vec a, Vec s) {
+  if constexpr (!kRich) return a * exp(x - shift);
+  if (cap == 0) return a * exp(x - shift) - s * w;
+  const Vec t = tanh(x * broadcast(1 / cap));
+  return (broadcast(1.0f) - t * t) * (a * exp(broadcast(cap) * t - shift) - s * w);
+}
+
+// Writes a row's gradient but for the target's own term. dx may be x.
+template <bool kRich, class T>
+FASTATTN_INLINE void write_gradient(const T* x, const CrossEntropyParams& p, float row_max,
+                                    float a_, float s_, bool past_caches, T* dx) {
+  constexpr int kLanes = Vec::kLanes;
+  const Vec shift = broadcast(row_max), a = broadcast(a_), s = broadcast(s_), one = broadcast(1.0f);
+  const float* weight = kRich ? p.weight : nullptr;
+  const auto some = [&](int64_t i, int64_t n) {
+    const Mask lanes = first_lanes(n);
+    const Vec w = weight ? load_partial(weight + i, lanes) : one;
+    store_partial(dx + i, gradient<kRich>(load_partial(x + i, lanes), w, p.softcap, shift, a, s),
+                  lanes);
+  };
+  const auto full = [&](int64_t i) {
+    const Vec w = weight ? load(weight + i) : one;
+    return gradient<kRich>(load(x + i), w, p.softcap, shift, a, s);
+  };
+
+  int64_t i = 0;
+  if (past_caches) {
+    constexpr uintptr_t kAlign = kLanes * sizeof(T);
+    const uintptr_t misaligned = reinterpret_cast<uintptr_t>(dx) % kAlign;
+    if (misaligned) some(0, i = std::min<int64_t>(p.vocab, (kAlign - misaligned) / sizeof(T)));
+    for (; i + 2 * kLanes <= p.vocab; i += 2 * kLanes) {
+      stream(dx + i, full(i));
+      stream(dx + i + kLanes, full(i + kLanes));
+    }
+  } else {
+    for (; i + 2 * kLanes <= p.vocab; i += 2 * kLanes) {
+      const Vec even = full(i), odd = full(i + kLanes);
+      store(dx + i, even);
+      store(dx + i + kLanes, odd);
+    }
+  }
+  for (; i < p.vocab; i += kLanes) some(i, p.vocab - i);
+}
+
+// Loss and lse of row r where p.loss is set, its gradient where p.dlogits is.
+template <bool kRich, class T>
+void one_row(const CrossEntropyParams& p, int64_t r, bool past_caches) {
+  const T* x = static_cast<const T*>(p.logits) + r * p.logits_stride;
+  T* dx = p.dlogits ? static_cast<T*>(p.dlogits) + r * p.dlogits_stride : nullptr;
+  const int64_t target = p.target[r];
+  const bool ignored = target == p.ignore_index;
+  const float dlse = p.dlse ? p.dlse[r] : 0.0f;
+  if (ignored && dlse == 0 && !p.loss) {
+    std::fill_n(dx, p.vocab, T{});
+    return;
+  }
+
+  const RowStats row = row_stats<kRich>(x, p);
+  const float log_sum = std::log(row.sum), lse = row.max + log_sum;
+  float nll = 0, weight = 0, slope = 1;  // of the target; slope = dz/dx
+  if (!ignored) {
+    float z = to_float(x[target]);
+    if (kRich && p.softcap > 0) {
+      const float t = max(tanh(broadcast(z * (1 / p.softcap))));
+      z = p.softcap * t;
+      slope = 1 - t * t;
+    }
+    nll = log_sum - (z - row.max);
+    weight = p.weight ? p.weight[target] : 1.0f;
+  }
+  const float hard = (1 - p.label_smoothing) * weight, soft = p.label_smoothing / float(p.vocab);
+  if (p.loss) {
+    float loss = hard * nll;
+    if (kRich && p.label_smoothing > 0) loss += soft * (row.weight * log_sum - row.smooth);
+    if (p.z_loss != 0) loss += p.z_loss * lse * lse;
+    p.loss[r] = ignored ? 0.0f : loss;
+    p.lse[r] = lse;
+  }
+  if (!dx) return;
+  if (ignored && dlse == 0) {
+    std::fill_n(dx, p.vocab, T{});
+    return;
+  }
+
+  // Apart from the target's term t·(p_y − 1) = t·expm1(−nll), which keeps its precision when p_y is
+  // near 1.
+  const float g = ignored ? 0.0f : p.dloss[r * p.dloss_stride];
+  const float t = ignored ? 0.0f : g * hard, s = g * soft;
+  const float rest = s * row.weight + (p.z_loss != 0 ? 2 * g * p.z_loss * lse : 0.0f) + dlse;
+  write_gradient<kRich>(x, p, row.max, (t + rest) / row.sum, s, past_caches, dx);
+  if (!ignored) {
+    const float w = kRich && p.weight ? weight : 1.0f;
+    from_float(slope * (t * std::expm1(-nll) + rest * std::exp(-nll) - s * w), dx + target);
+  }
+}
+
+// Asks for huge pages under a fresh gradient: faulting 4 KiB pages in costs more than the kernel.
+inline void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t first =
+      (reinterpret_cast<uintptr_t>(begin) + kHugePageBytes - 1) & -kHugePageBytes;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) & -kHugePageBytes;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+template <bool kRich, class T>
+void all_rows(const CrossEntropyParams& p, const Pool& pool) {
+  const int64_t bytes = p.rows * p.vocab * int64_t(sizeof(T));
+  const bool past_caches = p.dlogits && p.dlogits != p.logits && bytes >= kStreamBytes;
+  if (past_caches && p.dlogits_stride == p.vocab) advise_huge_pages(p.dlogits, bytes);
+  const int64_t task_rows = std::max<int64_t>(1, kTaskLogits / std::max<int64_t>(1, p.vocab));
+  pool.run((p.rows + task_rows - 1) / task_rows, [&](int64_t task) {
+    [[maybe_unused]] const FlushDenormals guard;
+    const int64_t end = std::min(p.rows, (task + 1) * task_rows);
+    for (int64_t r = task * task_rows; r < end; r++) one_row<kRich, T>(p, r, past_caches);
+    if (past_caches) stream_fence();
+  });
+}
+
+inline void run(const CrossEntropyParams& p, const Pool& pool) {
+  const bool rich = p.softcap > 0 || p.label_smoothing > 0;
+  switch (p.dtype) {
+    case DType::kF32:
+      return rich ? all_rows<true, float>(p, pool) : all_rows<false, float>(p, pool);
+    case DType::kBF16:
+      return rich ? all_rows<true, bf16>(p, pool) : all_rows<false, bf16>(p, pool);
+    case DType::kF16:
+      return rich ? all_rows<true, fp16>(p, pool) : all_rows<false, fp16>(p, pool);
+  }
+}
+
+}  // namespace cross_entropy
+
+static void cross_entropy_fwd(const CrossEntropyParams& p, const Pool& pool) {
+  cross_entropy::run(p, pool);
+}
+static void cross_entropy_bwd(const CrossEntropyParams& p, const Pool& pool) {
+  cross_entropy::run(p, pool);  // p.loss is null: only the gradient is written
+}

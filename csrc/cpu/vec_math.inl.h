@@ -5,11 +5,12 @@ constexpr float kLn2 = 0.693147180559945309f;
 
 FASTATTN_INLINE Vec exp(Vec a) { return exp2(a * broadcast(kLog2E)); }
 
-// tanh within 4e-7 relative (and of 1); NaN stays NaN. x·P(x²)/Q(x²) on [-9, 9], a minimax fit with positive coefficients, so
-// nothing cancels; beyond 9 the result is 1 in fp32.
+// tanh within 4e-7 relative (and of 1); NaN stays NaN. x·P(x²)/Q(x²) on [-9, 9], a minimax fit with
+// positive coefficients, so nothing cancels; beyond 9 the result is 1 in fp32.
 FASTATTN_INLINE Vec tanh(Vec a) {
   const Vec limit = broadcast(9.0f);
-  const Vec x = zero() - max(zero() - limit, zero() - max(zero() - limit, a));  // this order keeps a NaN
+  const Vec x =
+      zero() - max(zero() - limit, zero() - max(zero() - limit, a));  // this order keeps a NaN
   const Vec u = x * x;
   Vec p = broadcast(1.3354352e-8f);
   p = fmadd(p, u, broadcast(2.0608852e-5f));

@@ -1,0 +1,25 @@
+"""fastattn: exact attention and cross-entropy through hand-written kernels, for PyTorch."""
+
+from . import ops as _ops  # registers torch.ops.fastattn.*
+from .attention import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    explain,
+    scaled_dot_product_attention,
+)
+from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "cross_entropy",
+    "explain",
+    "linear_cross_entropy",
+    "scaled_dot_product_attention",
+]

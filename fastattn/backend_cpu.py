@@ -1,0 +1,82 @@
+"""The CPU kernels' row in the backend table: allocates outputs and calls the private ops of `_C`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import library
+from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from .rotary import rotate_queries
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unusable() -> str | None:
+    return library.load_error()
+
+
+def refuses(p: AttentionProblem | DecodeProblem | CrossEntropyProblem) -> str | None:
+    first = p[0]
+    if first.device.type != "cpu":
+        return f"the tensors are on {first.device}, not the CPU"
+    if first.dtype not in _DTYPES:
+        return f"dtype {first.dtype} has no kernel, only float32, bfloat16 and float16 have"
+    return None
+
+
+def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
+    out = p.q.new_empty((*p.q.shape[:-1], p.v.shape[-1]))
+    shape = (p.q.shape[1], p.q.shape[0]) if p.packed else (p.q.shape[0], p.q.shape[2], p.q.shape[1])
+    lse = p.q.new_empty(shape, dtype=torch.float32)
+    torch.ops.fastattn_C.attn_fwd(*p, out, lse)
+    return out, lse
+
+
+def attn_bwd(
+    p: AttentionProblem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Deterministic either way."""
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    dq, dk, dv = (t.new_empty(t.shape) for t in (p.q, p.k, p.v))
+    dbias = None if p.bias is None else p.bias.new_zeros(p.bias.shape, dtype=torch.float32)
+    dsinks = None if p.sinks is None else torch.zeros_like(p.sinks)
+    if dlse is not None and dlse.stride(-1) != 1:
+        dlse = dlse.contiguous()
+    torch.ops.fastattn_C.attn_bwd(*p, out, lse, dout, dlse, dq, dk, dv, dbias, dsinks)
+    return dq, dk, dv, None if dbias is None else dbias.to(p.bias.dtype), dsinks
+
+
+def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
+    batch, seqlen_q, heads, _ = p.q.shape
+    if p.k is not None:
+        torch.ops.fastattn_C.cache_append(
+            p.k, p.v, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.cache_batch_idx,
+            p.rotary_cos, p.rotary_sin, p.rotary_interleaved,
+        )  # fmt: skip
+    q = rotate_queries(p)
+    out = q.new_empty((batch, seqlen_q, heads, p.v_cache.shape[-1]))
+    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    torch.ops.fastattn_C.attn_decode(
+        q, p.k_cache, p.v_cache, p.cache_seqlens, 0 if p.k is None else p.k.shape[1], p.block_table,
+        p.cache_batch_idx, p.cache_leftpad, p.alibi_slopes, p.sinks, p.window_left, p.window_right,
+        p.scale, p.softcap, p.num_splits, out, lse,
+    )  # fmt: skip
+    return out, lse
+
+
+def cross_entropy_fwd(
+    p: CrossEntropyProblem, dloss: Tensor | None, dlogits: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse a row; with dlogits (which may be the logits) also dloss · ∂loss, in the same pass."""
+    loss = torch.empty(p.logits.shape[0], dtype=torch.float32)
+    lse = torch.empty_like(loss)
+    torch.ops.fastattn_C.cross_entropy_fwd(*p, dloss, loss, lse, dlogits)
+    return loss, lse
+
+
+def cross_entropy_bwd(p: CrossEntropyProblem, lse: Tensor, dloss: Tensor, dlse: Tensor | None) -> Tensor:
+    dlogits = p.logits.new_empty(p.logits.shape)
+    torch.ops.fastattn_C.cross_entropy_bwd(*p, lse, dloss, dlse, dlogits)
+    return dlogits
