@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -200,13 +200,13 @@ class BPETokenizer(Tokenizer):
     PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        return np.array(self._encoding.encode_ordinary(text), dtype=self.dtype)
+        return np.array(_gpt2_encoding().encode_ordinary(text), dtype=self.dtype)
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        return _gpt2_encoding().encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._encoding.decode(self._checked(ids).tolist(), errors="replace")
+        return _gpt2_encoding().decode(self._checked(ids).tolist(), errors="replace")
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "vocabulary": "gpt2"}
@@ -218,23 +218,6 @@ class BPETokenizer(Tokenizer):
                 f"unknown byte-pair vocabulary {fields['vocabulary']!r}; known: 'gpt2'"
             )
         return cls()
-
-    @cached_property
-    def _encoding(self) -> Any:
-        try:
-            import tiktoken
-        except ImportError:
-            raise ImportError(
-                "the bpe tokenizer needs tiktoken: pip install 'fastattn[train]'"
-            ) from None
-        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(_gpt2_tokens())}
-        return tiktoken.Encoding(
-            "gpt2",
-            pat_str=self.PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": self.eot},
-            explicit_n_vocab=self.vocab_size,
-        )
 
 
 TOKENIZERS: tuple[type[Tokenizer], ...] = (CharTokenizer, ByteTokenizer, BPETokenizer)
@@ -253,5 +236,20 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def _gpt2_tokens() -> Sequence[str]:
-    return read_bundled("gpt2_bpe.hex").decode("ascii").split()
+@cache
+def _gpt2_encoding() -> Any:
+    """tiktoken's encoder for GPT-2, built once a process (0.3 s)."""
+    try:
+        import tiktoken
+    except ImportError:
+        raise ImportError(
+            "the bpe tokenizer needs tiktoken: pip install 'fastattn[train]'"
+        ) from None
+    tokens = read_bundled("gpt2_bpe.hex").decode("ascii").split()
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=BPETokenizer.PATTERN,
+        mergeable_ranks={bytes.fromhex(token): rank for rank, token in enumerate(tokens)},
+        special_tokens={"<|endoftext|>": BPETokenizer.eot},
+        explicit_n_vocab=BPETokenizer.vocab_size,
+    )
