@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
 
 CAUSAL = (-1, 0)
 
@@ -45,6 +46,17 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+
+EVERYTHING: dict[str, Any] = {
+    "window": (50, 3),
+    "softcap": 10.0,
+    "mask": "b1qk",
+    "bias": "1hqk",
+    "alibi": "bh",
+    "sinks": True,
+    "dropout_p": 0.2,
+}
+RAGGED = ((33, 40), (2, 17), (18, 5))
 
 CASES: tuple[Case, ...] = (
     # lengths: 1, 2, odd ones, and around the sizes of tiles
@@ -118,27 +130,13 @@ CASES: tuple[Case, ...] = (
     Case("bias-heads-causal", (2, 65, 65), bias="1hqk", window=CAUSAL),
     Case("bias-keys", (2, 33, 65), bias="b11k"),
     Case("bias-queries", (2, 33, 65), bias="1hq1", bias_fp32=True),
-    Case("bias-scalar", (2, 17, 17), bias="1111", bias_fp32=True),
+    Case("bias-per-head", (2, 17, 17), (4, 4), bias="1h11", bias_fp32=True),
     Case("sinks", (2, 33, 65), (4, 2), sinks=True),
     Case("sinks-window", (1, 129, 129), (4, 2), 64, sinks=True, window=(31, 0)),
     Case("dropout", (2, 33, 65), (4, 2), dropout_p=0.3),
     Case("dropout-causal-odd", (1, 65, 67), head_dim=64, dropout_p=0.1, window=CAUSAL),
     Case("dropout-sinks", (2, 17, 18), dropout_p=0.5, sinks=True),
-    Case(
-        "everything",
-        (2, 65, 67),
-        (4, 2),
-        40,
-        24,
-        window=(50, 3),
-        softcap=10.0,
-        mask="b1qk",
-        empty_rows=True,
-        bias="1hqk",
-        alibi="bh",
-        sinks=True,
-        dropout_p=0.2,
-    ),
+    Case("everything", (2, 65, 67), (4, 2), 40, 24, empty_rows=True, **EVERYTHING),
     # memory layouts
     Case("strides-qkv", (2, 65, 65), (4, 2), 32, strides="qkv", window=CAUSAL),
     Case("strides-bhsd", (2, 65, 33), (4, 2), 40, strides="bhsd"),
@@ -149,20 +147,7 @@ CASES: tuple[Case, ...] = (
     Case("packed-causal", head_dim=64, packed=((65, 65), (3, 129), (100, 17)), window=CAUSAL),
     Case("packed-empty", packed=((0, 7), (5, 0), (0, 0), (9, 4)), window=CAUSAL),
     Case("packed-qkv", heads=(4, 2), packed=((7, 7), (40, 40)), strides="qkv", window=(9, 0)),
-    Case(
-        "packed-everything",
-        heads=(4, 2),
-        head_dim=24,
-        head_dim_v=8,
-        packed=((33, 40), (2, 17), (18, 5)),
-        window=(20, 2),
-        softcap=10.0,
-        mask="b1qk",
-        bias="1hqk",
-        alibi="bh",
-        sinks=True,
-        dropout_p=0.2,
-    ),
+    Case("packed-everything", (0, 0, 0), (4, 2), 24, 8, packed=RAGGED, **EVERYTHING),
 )
 
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastattn import philox
-from fastattn.problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from . import philox
+from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -312,7 +312,8 @@ def _product(weights: Tensor, x: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def _all_finite(x: Tensor) -> bool:
-    return bool(x.isfinite().all())
+    # A traced graph cannot branch on values: compiled, the reference lets a hidden NaN through.
+    return torch.compiler.is_compiling() or bool(x.isfinite().all())
 
 
 # --- decoding -------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import reference
-from fastattn.cases import (
+from . import reference
+from .cases import (
     CASES,
     CAUSAL,
     CE_CASES,
@@ -29,7 +29,7 @@ from fastattn.cases import (
     make_decode_problem,
     make_problem,
 )
-from fastattn.problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
 
 __all__ = [
     "CASES",
