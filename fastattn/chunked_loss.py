@@ -33,13 +33,16 @@ class LinearCrossEntropyProblem(NamedTuple):
     softcap: float = 0.0
 
     def loss_problem(self, logits: Tensor, rows: slice) -> CrossEntropyProblem:
-        return CrossEntropyProblem(logits, self.target[rows], *self[4:])
+        return CrossEntropyProblem(logits, self.target[rows], **self.loss_options())
+
+    def loss_options(self) -> dict:
+        return dict(zip(self._fields[4:], self[4:], strict=True))
 
 
 def forward(p: LinearCrossEntropyProblem, workspace_bytes: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """(loss, lse), both (N,) fp32."""
     losses, lses = [], []
-    for rows, logits, _ in _chunks(p, workspace_bytes):
+    for rows, logits, _ in _chunks(p, p.linear_weight.float(), workspace_bytes):
         problem = p.loss_problem(logits, rows)
         loss, lse = backends.choose(problem, backend).cross_entropy_fwd(problem, None, None)
         losses.append(loss)
@@ -61,7 +64,7 @@ def forward_backward(
     """
     gradients = _Gradients(p, want_dx, want_dw, dx_dtype(p.x))
     total = torch.zeros((), dtype=torch.float32, device=p.x.device)
-    for rows, logits, x in _chunks(p, workspace_bytes):
+    for rows, logits, x in _chunks(p, gradients.weight, workspace_bytes):
         problem = p.loss_problem(logits, rows)
         loss, _ = backends.choose(problem, backend).cross_entropy_fwd(problem, scale, logits)
         gradients.add(rows, logits, x)
@@ -79,7 +82,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, dbias for rowwise upstream gradients; dbias is empty without a bias."""
     gradients = _Gradients(p, True, True, p.x.dtype)
-    for rows, logits, x in _chunks(p, workspace_bytes):
+    for rows, logits, x in _chunks(p, gradients.weight, workspace_bytes):
         problem = p.loss_problem(logits, rows)
         upstream = (dloss[rows], None if dlse is None else dlse[rows])
         dlogits = backends.choose(problem, backend).cross_entropy_bwd(problem, lse[rows], *upstream)
@@ -93,14 +96,13 @@ def dx_dtype(x: Tensor) -> torch.dtype:
 
 
 def _chunks(
-    p: LinearCrossEntropyProblem, workspace_bytes: int
+    p: LinearCrossEntropyProblem, weight: Tensor, workspace_bytes: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their fp32 logits, their fp32 x): chunks of about equal size, each overwriting the last one's logits."""
+    """(rows, their fp32 logits, their fp32 x) by the fp32 weight: chunks of about equal size, each overwriting the last one's logits."""
     n, vocab = p.x.shape[0], p.linear_weight.shape[0]
     most = max(1, workspace_bytes // (4 * max(vocab, 1)))
     count = max(1, -(-n // most))
     chunk = -(-n // count)
-    weight = p.linear_weight.float()
     buffer = torch.empty((chunk, vocab), dtype=torch.float32, device=p.x.device)
     for start in range(0, max(n, 1), max(chunk, 1)):
         rows = slice(start, min(start + chunk, n))

@@ -129,7 +129,9 @@ def linear_cross_entropy(
     name = requested(backend)
     scale = None if reduction == "none" else _row_scale(p, reduction)
     if name == "reference" or (name is None and input.dtype == torch.float64):
-        loss, lse = reference.linear_cross_entropy(*p)
+        loss, lse = reference.linear_cross_entropy(
+            x, linear_weight, p.target, linear_bias=linear_bias, **p.loss_options()
+        )
     elif scale is not None and not return_lse and torch.is_grad_enabled() and _any_requires_grad(p):
         want_dx, want_dw = p.x.requires_grad, p.linear_weight.requires_grad or linear_bias is not None
         return LinearCrossEntropyScalarFunction.apply(*p, scale, want_dx, want_dw, workspace_bytes, name)[0]
