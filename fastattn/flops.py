@@ -90,7 +90,7 @@ def settled_best(durations: list[float]) -> float | None:
 
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, window: tuple[int, int] = (-1, -1)) -> int:
-    """How many (query, key) pairs a head sees; causal is the window (-1, 0), bottom-right aligned."""
+    """(query, key) pairs that a head sees; causal is the window (-1, 0), bottom-right aligned."""
     left, right = (seqlen_q + seqlen_k if side < 0 else side for side in window)
     position = torch.arange(seqlen_q) + seqlen_k - seqlen_q  # the key each query stands on
     first = (position - left).clamp(min=0)

@@ -27,7 +27,9 @@ def test_gpu_peaks(name, tflops):
     assert name in peak.source
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090 D", "Quadro T400", "AMD Instinct MI300X"])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA GeForce RTX 4090 D", "Quadro T400", "AMD Instinct MI300X"]
+)
 def test_unknown_gpu_has_no_peak(name):
     assert flops.gpu_peak(name) is None
 
