@@ -1,26 +1,53 @@
-# Each target is one command from a fresh clone: it makes .venv, installs the pinned versions and builds first.
+# Each target is one command from a fresh clone: what it needs (.venv, pinned packages, the build) is made first.
 PYTHON ?= python3
+CXX ?= g++
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+FORMATTED := $(VENV)/bin/clang-format --style=file $(CSRC)
 
 .PHONY: setup build demo test test-all lint format sanitize bench clean
 
-setup: $(VENV)/.built
+demo: setup
+	$(VENV)/bin/fastattn demo
 
-$(VENV)/.deps: constraints.txt pyproject.toml
-	@command -v $(CXX) >/dev/null || { echo "fastattn needs a C++17 compiler: install g++ (Debian, Ubuntu: apt install g++) or set CXX"; exit 1; }
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"fastattn needs Python 3.10 to 3.13, this is {v[0]}.{v[1]}; set PYTHON=")'
+test: setup
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-all: setup
+	$(PY) -m pytest -m "not gpu"
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(FORMATTED) --dry-run --Werror
+	$(VENV)/bin/mypy
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(FORMATTED) -i
+
+bench: setup
+	$(PY) -m benchmarks.bench_cpu
+
+setup: $(VENV)/.installed
+
+$(VENV)/.dependencies: constraints.txt
+	@command -v $(CXX) >/dev/null || { \
+	  echo "fastattn needs a C++17 compiler and found no $(CXX): install g++ (Debian, Ubuntu: apt install g++) or set CXX."; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("fastattn is tested on Python 3.10 to 3.13, this is %d.%d: set PYTHON." % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools ninja
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $$($(PY) tools/extras.py train dev)
+	$(PIP) torch numpy setuptools ninja
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.deps setup.py $(CSRC)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+$(VENV)/.installed: $(VENV)/.dependencies pyproject.toml setup.py $(CSRC)
+	$(PIP) --no-build-isolation --editable '.[train,bench,dev]'
 	@touch $@
 
-build: setup
+build: $(VENV)/.dependencies # incremental, for working on csrc/
+	flock build.lock $(PY) setup.py --quiet build_ext --inplace
 
 clean:
-	rm -rf build $(VENV) fastattn/_C*.so
+	rm -rf build build.lock $(VENV) fastattn/_C*.so *.egg-info
