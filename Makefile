@@ -32,6 +32,14 @@ format: setup
 bench: setup
 	$(PY) -m benchmarks.bench_cpu
 
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; Python isn't instrumented, so their runtime is preloaded.
+SANITIZED := build/sanitize
+sanitize: setup
+	FASTATTN_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --build-temp $(SANITIZED) --build-lib $(SANITIZED)
+	FASTATTN_LIBRARY=$(SANITIZED)/fastattn/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(PY) -m pytest -m "not slow and not gpu" $(wildcard tests/test_attention*.py tests/test_cpu_*.py tests/test_decode.py tests/test_losses.py)
+
 setup: $(VENV)/.installed
 
 $(VENV)/.dependencies: constraints.txt

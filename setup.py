@@ -16,13 +16,26 @@ TORCH_TARGET = "0x020b000000000000"
 
 def c_extension(cpp_extension):
     csrc = ROOT / "csrc"
-    sources = sorted(str(p.relative_to(ROOT)) for p in [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")])
+    sources = sorted(
+        str(p.relative_to(ROOT)) for p in [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")]
+    )
     headers = sorted(str(p.relative_to(ROOT)) for p in [*csrc.glob("*.h"), *csrc.glob("cpu/*.h")])
     # No fused multiply-add that the source doesn't spell: the scalar kernels and the reference agree more closely.
-    compile_args = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    compile_args = [
+        "-O3",
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+    ]
     compile_args += ["-Wno-unused-function", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     sanitize = os.environ.get("FASTATTN_SANITIZE", "")  # e.g. "address,undefined"
-    flags = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g1"] if sanitize else []
+    flags = (
+        [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        if sanitize
+        else ["-g0"]
+    )
     return cpp_extension.CppExtension(
         "fastattn._C",
         sources,

@@ -33,14 +33,18 @@ class Case:
     competitors: dict[str, Competitor]
     flops: float = 0.0  # of the whole case, causal counted half; bound by the GEMM ceiling
     bytes: float = 0.0  # that must be read; bound by the read ceiling
-    errors: dict[str, float] = dataclasses.field(default_factory=dict)  # max abs error of the result, against fp64
+    errors: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # max abs error of the result, against fp64
 
 
 def attention_cases(quick: bool) -> Iterator[Case]:
     shapes = [(8, 6, 256, 64), (4, 12, 1024, 64), (1, 16, 4096, 64), (1, 8, 4096, 128)]
     for batch, heads, seqlen, head_dim in shapes[:2] if quick else shapes:
         for dtype in (torch.float32, torch.bfloat16):
-            q, k, v, dout = (torch.randn(batch, seqlen, heads, head_dim).to(dtype) for _ in range(4))
+            q, k, v, dout = (
+                torch.randn(batch, seqlen, heads, head_dim).to(dtype) for _ in range(4)
+            )
             qt, kt, vt, doutt = (t.transpose(1, 2).contiguous() for t in (q, k, v, dout))
             for causal in (False, True):
                 flops = 4 * batch * heads * seqlen**2 * head_dim * (0.5 if causal else 1)
@@ -53,7 +57,10 @@ def attention_cases(quick: bool) -> Iterator[Case]:
                     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
                 errors = _attention_errors(q, k, v, causal)
-                with_no_grad = {"ours": Competitor(_no_grad(ours)), "torch": Competitor(_no_grad(theirs))}
+                with_no_grad = {
+                    "ours": Competitor(_no_grad(ours)),
+                    "torch": Competitor(_no_grad(theirs)),
+                }
                 yield Case("attention fwd", name, dtype, with_no_grad, flops, errors=errors)
                 trained = {
                     "ours": Competitor(_forward_backward(ours, (q, k, v), dout)),
@@ -70,7 +77,9 @@ def decode_cases(quick: bool) -> Iterator[Case]:
             k, v = (torch.randn(batch, length, kv_heads, head_dim).to(dtype) for _ in range(2))
             lengths = torch.full((batch,), length, dtype=torch.int32)
             qt, kt, vt = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-            folded = qt.view(batch, kv_heads, heads // kv_heads, head_dim)  # the group as queries: a user's own trick
+            folded = qt.view(
+                batch, kv_heads, heads // kv_heads, head_dim
+            )  # the group as queries: a user's own trick
 
             def ours(q=q, k=k, v=v, lengths=lengths):
                 return fastattn.attention_decode(q, k, v, cache_seqlens=lengths, backend="cpu")
@@ -81,15 +90,24 @@ def decode_cases(quick: bool) -> Iterator[Case]:
             def folding(q=folded, k=kt, v=vt):
                 return F.scaled_dot_product_attention(q, k, v)
 
-            ref64 = F.scaled_dot_product_attention(*(t.double() for t in (qt, kt, vt)), enable_gqa=True)
+            ref64 = F.scaled_dot_product_attention(
+                *(t.double() for t in (qt, kt, vt)), enable_gqa=True
+            )
             yield Case(
                 "decode",
                 f"B{batch} H{heads}/{kv_heads} keys {length} D{head_dim}",
                 dtype,
                 {"ours": Competitor(_no_grad(ours)), "torch": Competitor(_no_grad(theirs))}
-                | ({"torch, group folded": Competitor(_no_grad(folding))} if heads != kv_heads else {}),
+                | (
+                    {"torch, group folded": Competitor(_no_grad(folding))}
+                    if heads != kv_heads
+                    else {}
+                ),
                 bytes=2 * k.numel() * k.element_size(),
-                errors={"ours": max_error(ours().transpose(1, 2), ref64), "torch": max_error(theirs(), ref64)},
+                errors={
+                    "ours": max_error(ours().transpose(1, 2), ref64),
+                    "torch": max_error(theirs(), ref64),
+                },
             )
 
 
@@ -99,7 +117,12 @@ def cross_entropy_cases(quick: bool) -> Iterator[Case]:
         kept = torch.randn(rows, VOCAB).to(dtype)
         target = torch.randint(0, VOCAB, (rows,))
         logits = kept.clone().requires_grad_()
-        ref64 = torch.stack([F.cross_entropy(x.double(), t) for x, t in zip(kept.split(256), target.split(256), strict=True)])
+        ref64 = torch.stack(
+            [
+                F.cross_entropy(x.double(), t)
+                for x, t in zip(kept.split(256), target.split(256), strict=True)
+            ]
+        )
         size, name = kept.numel() * kept.element_size(), f"N{rows} V{VOCAB}"
 
         def theirs(logits=logits, target=target):
@@ -115,11 +138,19 @@ def cross_entropy_cases(quick: bool) -> Iterator[Case]:
             return fastattn.cross_entropy(logits, target, inplace=True, backend="cpu")
 
         errors = {n: max_error(f(), ref64.mean()) for n, f in (("ours", ours), ("torch", theirs))}
-        backward = {n: _loss_backward(f, logits) for n, f in (("torch", theirs), ("ours", ours), ("in", ours_inplace))}
-        in_place = {"ours": Competitor(backward["in"], restore), "torch": Competitor(backward["torch"], restore)}
+        backward = {
+            n: _loss_backward(f, logits)
+            for n, f in (("torch", theirs), ("ours", ours), ("in", ours_inplace))
+        }
+        in_place = {
+            "ours": Competitor(backward["in"], restore),
+            "torch": Competitor(backward["torch"], restore),
+        }
         fresh = {"ours": Competitor(backward["ours"]), "torch": Competitor(backward["torch"])}
         forward = {"ours": Competitor(_no_grad(ours)), "torch": Competitor(_no_grad(theirs))}
-        yield Case("cross-entropy fwd+bwd in place", name, dtype, in_place, bytes=size, errors=errors)
+        yield Case(
+            "cross-entropy fwd+bwd in place", name, dtype, in_place, bytes=size, errors=errors
+        )
         restore()
         yield Case("cross-entropy fwd+bwd", name, dtype, fresh, bytes=2 * size, errors=errors)
         yield Case("cross-entropy fwd", name, dtype, forward, bytes=size, errors=errors)
@@ -142,7 +173,9 @@ def linear_cross_entropy_cases(quick: bool) -> Iterator[Case]:
             w64, parts = w.double(), zip(x.double().split(256), target.split(256), strict=True)
             ref64 = torch.stack([F.cross_entropy(a @ w64.t(), t) for a, t in parts]).mean()
             errors = {"ours": max_error(ours(), ref64), "torch": max_error(theirs(), ref64)}
-        both = {n: Competitor(_loss_backward(f, x, w)) for n, f in (("ours", ours), ("torch", theirs))}
+        both = {
+            n: Competitor(_loss_backward(f, x, w)) for n, f in (("ours", ours), ("torch", theirs))
+        }
         yield Case(
             "linear cross-entropy fwd+bwd",
             f"N{rows} C{channels} V{VOCAB}",
@@ -189,7 +222,9 @@ def _attention_errors(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str
     """Forward errors on the first head of the first sequence (fp64 scores of all would be large)."""
     one = [t[:1, :, :1] for t in (q, k, v)]
     ref64 = fastattn.attention(*(t.double() for t in one), causal=causal, backend="reference")
-    theirs = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in one), is_causal=causal).transpose(1, 2)
+    theirs = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in one), is_causal=causal
+    ).transpose(1, 2)
     ours = fastattn.attention(*one, causal=causal, backend="cpu")
     return {"ours": max_error(ours, ref64), "torch": max_error(theirs, ref64)}
 
@@ -197,7 +232,9 @@ def _attention_errors(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str
 def run_case(case: Case, ceilings: Ceilings, seconds: float) -> dict:
     timings = interleave(case.competitors, seconds)
     ours = timings["ours"].median
-    work, ceiling = (case.flops, ceilings.gemm_flops) if case.flops else (case.bytes, ceilings.read_bytes)
+    work, ceiling = (
+        (case.flops, ceilings.gemm_flops) if case.flops else (case.bytes, ceilings.read_bytes)
+    )
     return {
         "suite": case.suite,
         "case": case.name,
@@ -218,7 +255,14 @@ def print_table(results: list[dict]) -> None:
     table = Table(title="fastattn against PyTorch on the CPU")
     for column in ("", "case", "dtype"):
         table.add_column(column)
-    for column in ("ours ms", "torch ms", "torch / ours", "share of peak", "error ours", "error torch"):
+    for column in (
+        "ours ms",
+        "torch ms",
+        "torch / ours",
+        "share of peak",
+        "error ours",
+        "error torch",
+    ):
         table.add_column(column, justify="right")
     suite = None
     for r in results:
@@ -238,7 +282,9 @@ def print_table(results: list[dict]) -> None:
         for name, t in r["seconds"].items():
             if name not in ("ours", "torch"):
                 extra = t["median"] / r["seconds"]["ours"]["median"]
-                table.add_row("", f"  {name}", "", "", f"{1e3 * t['median']:.2f}", f"{extra:.2f}", "", "", "")
+                table.add_row(
+                    "", f"  {name}", "", "", f"{1e3 * t['median']:.2f}", f"{extra:.2f}", "", "", ""
+                )
         suite = r["suite"]
     Console(width=132).print(table)
 
@@ -260,7 +306,9 @@ def plot(results: list[dict], path: Path) -> None:
     for y, x in enumerate(ratios):
         axes.text(x, y, f" {x:.2f}", va="center", fontsize=7)
     m = machine()
-    axes.set_title(f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, {m['isa']}", fontsize=9)
+    axes.set_title(
+        f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, {m['isa']}", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
@@ -268,8 +316,12 @@ def plot(results: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
-    parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES), help="suites to run")
-    parser.add_argument("--seconds", type=float, default=None, help="time a case (default 5, quick 0.5)")
+    parser.add_argument(
+        "--only", nargs="+", choices=SUITES, default=list(SUITES), help="suites to run"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="time a case (default 5, quick 0.5)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=None, help="JSON file; the plot goes beside it")
     args = parser.parse_args()

@@ -56,7 +56,9 @@ class Ceilings:
         a, b, c = (torch.randn(2048, 2048) for _ in range(3))
         big = torch.ones(64 << 20)  # 256 MiB: larger than any cache met so far
         for _ in range(5):
-            self.gemm_flops = max(self.gemm_flops, 2 * 2048**3 / _time(lambda: torch.mm(a, b, out=c)))
+            self.gemm_flops = max(
+                self.gemm_flops, 2 * 2048**3 / _time(lambda: torch.mm(a, b, out=c))
+            )
             self.read_bytes = max(self.read_bytes, big.numel() * 4 / _time(lambda: torch.sum(big)))
 
 
@@ -66,7 +68,9 @@ def _time(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleave(competitors: dict[str, Competitor], seconds: float, min_rounds: int = 5) -> dict[str, Timing]:
+def interleave(
+    competitors: dict[str, Competitor], seconds: float, min_rounds: int = 5
+) -> dict[str, Timing]:
     """Time all competitors for about `seconds` in all."""
     probe_a, probe_b, probe_c = (torch.randn(512, 512) for _ in range(3))
     times: dict[str, list[float]] = {name: [] for name in competitors}
@@ -84,7 +88,9 @@ def interleave(competitors: dict[str, Competitor], seconds: float, min_rounds: i
             times[name].append(_time(c.run))
     order = sorted(range(len(probes)), key=probes.__getitem__)
     quiet = [i for i in order if probes[i] <= probes[order[0]] / 0.9]
-    kept = quiet if len(quiet) >= len(order) // 2 else order[: max(min_rounds // 2, len(order) // 2)]
+    kept = (
+        quiet if len(quiet) >= len(order) // 2 else order[: max(min_rounds // 2, len(order) // 2)]
+    )
     timings = {}
     for name, all_times in times.items():
         t = sorted(all_times[i] for i in kept)
@@ -101,10 +107,17 @@ def machine() -> dict:
     cpu = platform.processor() or "unknown"
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if "model name" in line
+        ]
         cpu = names[0] if names else cpu
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
     )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -118,7 +131,11 @@ def machine() -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(("FASTATTN_", "OMP_", "THP_", "MKL_"))},
+        "environment": {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith(("FASTATTN_", "OMP_", "THP_", "MKL_"))
+        },
     }
 
 

@@ -1,8 +1,12 @@
-"""Finds and loads the compiled library `_C.abi3.so`, once, on first use."""
+"""Finds and loads the compiled library `_C.abi3.so`, once, on first use.
+
+FASTATTN_LIBRARY names another file to load in its place, such as one built with sanitizers.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -11,7 +15,8 @@ import torch
 @functools.cache
 def load_error() -> str | None:
     """Load the library; None, or the reason why it can't be."""
-    candidates = sorted(Path(__file__).parent.glob("_C*.so"))
+    named = os.environ.get("FASTATTN_LIBRARY")
+    candidates = [Path(named).resolve()] if named else sorted(Path(__file__).parent.glob("_C*.so"))
     if not candidates:
         return (
             "fastattn/_C*.so is missing: the package was installed without its kernels (install torch and a C++17 "
