@@ -15,21 +15,22 @@
 // All others are rich.
 namespace cross_entropy {
 
-constexpr int64_t kChunk = 2048;  // logits: 8 KB of fp32
-constexpr int64_t kPrefetchBytes =
-    4096;  // how far ahead of the maximum; the hardware stops at page ends
-constexpr int64_t kTaskLogits =
-    1 << 16;  // rows are handed to threads in tasks of about this many logits
-constexpr int64_t kStreamBytes = int64_t(4)
-                                 << 20;  // gradients at least this large go past the caches
+// Logits a chunk, at most 8 KB of fp32. One lane adds up no more than 128 of them, a row the sums
+// of its chunks: rounding errors grow with the root of either number.
+constexpr int64_t kChunk = 128 * Vec::kLanes;
+// How far ahead of the maximum to prefetch: the hardware stops at every page's end.
+constexpr int64_t kPrefetchBytes = 4096;
+// Threads are handed tasks of about this many logits.
+constexpr int64_t kTaskLogits = int64_t(1) << 16;
+// Gradients at least this large, in a buffer of their own, are written past the caches.
+constexpr int64_t kStreamBytes = int64_t(4) << 20;
 constexpr int64_t kHugePageBytes = int64_t(2) << 20;
 
 struct RowStats {
-  float max =
-      -FLT_MAX;   // of z; finite when all are −inf so far, so that −inf − max is −inf and not NaN
-  float sum = 0;  // Σ exp(z − max)
-  float smooth = 0;  // rich: Σ w·(z − max)
-  float weight = 0;  // rich: Σ w
+  float max = -FLT_MAX;  // of z; finite even if all are −inf so far: −inf − max must not be NaN
+  float sum = 0;         // Σ exp(z − max)
+  float smooth = 0;      // rich: Σ w·(z − max)
+  float weight = 0;      // rich: Σ w
 };
 
 FASTATTN_INLINE Vec softcapped(Vec x, float cap) {
@@ -191,15 +192,15 @@ void one_row(const CrossEntropyParams& p, int64_t r, bool past_caches) {
     return;
   }
 
-  // Apart from the target's term t·(p_y − 1) = t·expm1(−nll), which keeps its precision when p_y is
-  // near 1.
   const float g = ignored ? 0.0f : p.dloss[r * p.dloss_stride];
-  const float t = ignored ? 0.0f : g * hard, s = g * soft;
-  const float rest = s * row.weight + (p.z_loss != 0 ? 2 * g * p.z_loss * lse : 0.0f) + dlse;
-  write_gradient<kRich>(x, p, row.max, (t + rest) / row.sum, s, past_caches, dx);
+  const float t = g * hard, s = g * soft;
+  const float u = (p.z_loss != 0 ? 2 * g * p.z_loss * lse : 0.0f) + dlse;
+  write_gradient<kRich>(x, p, row.max, (t + s * row.weight + u) / row.sum, s, past_caches, dx);
   if (!ignored) {
-    const float w = kRich && p.weight ? weight : 1.0f;
-    from_float(slope * (t * std::expm1(-nll) + rest * std::exp(-nll) - s * w), dx + target);
+    // In terms that don't cancel where p_y is near 1: p_y − 1 = exp(−nll) − 1.
+    const float p_y = std::exp(-nll);
+    const float smooth = kRich ? s * (row.weight * p_y - weight) : 0.0f;
+    from_float(slope * (t * std::expm1(-nll) + smooth + u * p_y), dx + target);
   }
 }
 
