@@ -1,4 +1,4 @@
-"""The specification: attention and cross-entropy in eager PyTorch, as docs/design.md states them.
+"""The specification: attention in eager PyTorch, as docs/design.md states it; also the losses'.
 
 Every backend is held to these functions. They take the plainest correct formula: scores exist as
 whole matrices, nothing is tiled. fp16, bf16 and fp32 are computed in fp32, fp64 in fp64. Forward
@@ -12,34 +12,36 @@ or that has none, gives out 0, lse −inf and zero gradients.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import philox
-from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from .problem import AttentionProblem, DecodeProblem
+from .reference_losses import (
+    accumulator_dtype,
+    cross_entropy,
+    cross_entropy_backward,
+    linear_cross_entropy,
+    without_autocast,
+)
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _without_autocast(function: Function) -> Function:
-    """Keeps an ambient autocast away from the fp32 products; the first tensor tells the device."""
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        with torch.autocast(first.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _accumulator_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
+__all__ = [
+    "AttentionGradients",
+    "attention",
+    "attention_backward",
+    "attention_decode",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "decode_sequences",
+    "diagonal_distance",
+    "dropout_scale",
+    "linear_cross_entropy",
+    "packed_sequences",
+    "visible_keys",
+]
 
 # --- attention ------------------------------------------------------------------------------------
 
@@ -54,7 +56,7 @@ class AttentionGradients(NamedTuple):
     dsinks: Tensor | None
 
 
-@_without_autocast
+@without_autocast
 def attention(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Exact attention with every feature of the contract.
 
@@ -67,16 +69,16 @@ def attention(p: AttentionProblem) -> tuple[Tensor, Tensor]:
         return _attention_dense(p)
     outs, lses = [], []
     for sequence in packed_sequences(p):
-        out, lse = _attention_dense(sequence.problem, sequence.index)
+        out, lse = _attention_dense(sequence.problem, sequence.number)
         outs.append(out[0])
         lses.append(lse[0])
     unused = p.q.shape[0] - sum(out.shape[0] for out in outs)
     outs.append(p.q.new_zeros(unused, p.q.shape[1], p.v.shape[2]))
-    lses.append(p.q.new_full((p.q.shape[1], unused), -torch.inf, dtype=_accumulator_dtype(p.q)))
+    lses.append(p.q.new_full((p.q.shape[1], unused), -torch.inf, dtype=accumulator_dtype(p.q)))
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-@_without_autocast
+@without_autocast
 def attention_backward(
     p: AttentionProblem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None = None
 ) -> AttentionGradients:
@@ -175,28 +177,30 @@ def _attention_backward_dense(
 def _attention_backward_packed(
     p: AttentionProblem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> _DenseGradients:
-    dtype, heads = _accumulator_dtype(p.q), p.q.shape[1]
+    dtype, heads = accumulator_dtype(p.q), p.q.shape[1]
     batch = p.cu_seqlens_q.shape[0] - 1  # type: ignore[union-attr]
     scores_shape = (batch, heads, p.max_seqlen_q, p.max_seqlen_k) if p.bias is not None else (0,)
     total = _DenseGradients(
-        *(x.new_zeros(x.shape, dtype=dtype) for x in (p.q, p.k, p.v)),
+        dq=p.q.new_zeros(p.q.shape, dtype=dtype),
+        dk=p.k.new_zeros(p.k.shape, dtype=dtype),
+        dv=p.v.new_zeros(p.v.shape, dtype=dtype),
         dscores=p.q.new_zeros(scores_shape, dtype=dtype),
         dsinks=p.q.new_zeros(heads, dtype=dtype),
     )
-    for index, rows, keys, sequence in packed_sequences(p):
+    for number, rows, keys, sequence in packed_sequences(p):
         row_dlse = None if dlse is None else dlse[None, :, rows]
         dq, dk, dv, dscores, dsinks = _attention_backward_dense(
-            sequence, out[None, rows], lse[None, :, rows], dout[None, rows], row_dlse, index
+            sequence, out[None, rows], lse[None, :, rows], dout[None, rows], row_dlse, number
         )
         total.dq[rows], total.dk[keys], total.dv[keys] = dq[0], dk[0], dv[0]
         if p.bias is not None:
-            total.dscores[index, :, : dscores.shape[2], : dscores.shape[3]] = dscores[0]
+            total.dscores[number, :, : dscores.shape[2], : dscores.shape[3]] = dscores[0]
         total.dsinks.add_(dsinks)
     return total
 
 
 class PackedSequence(NamedTuple):
-    index: int  # in the batch; the Philox counter's b
+    number: int  # in the batch; the Philox counter's b
     rows: slice  # of q
     keys: slice  # of k and v
     problem: AttentionProblem  # dense, batch 1
@@ -206,7 +210,9 @@ def packed_sequences(p: AttentionProblem) -> Iterator[PackedSequence]:
     """A packed problem's sequences; its mask and bias are over the longest ones, cut to each."""
     assert p.cu_seqlens_q is not None and p.cu_seqlens_k is not None
     offsets_q, offsets_k = p.cu_seqlens_q.tolist(), p.cu_seqlens_k.tolist()
-    batch = len(offsets_q) - 1
+    batch, dtype = len(offsets_q) - 1, accumulator_dtype(p.q)
+    # Widened here, the gradients that all sequences share are summed before they are rounded.
+    bias, sinks = (None if x is None else x.to(dtype) for x in (p.bias, p.sinks))
     for b in range(batch):
         rows, keys = slice(*offsets_q[b : b + 2]), slice(*offsets_k[b : b + 2])
         q, k, v = p.q[None, rows], p.k[None, keys], p.v[None, keys]
@@ -223,7 +229,8 @@ def packed_sequences(p: AttentionProblem) -> Iterator[PackedSequence]:
             k=k,
             v=v,
             mask=cut(p.mask),
-            bias=cut(p.bias),
+            bias=cut(bias),
+            sinks=sinks,
             alibi_slopes=slopes[b] if slopes is not None and slopes.dim() == 2 else slopes,
             cu_seqlens_q=None,
             cu_seqlens_k=None,
@@ -233,7 +240,7 @@ def packed_sequences(p: AttentionProblem) -> Iterator[PackedSequence]:
 
 def _heads_first(p: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as (B, H_q, S, D) in the accumulator dtype, each KV head repeated for its group."""
-    dtype, group_size = _accumulator_dtype(p.q), p.q.shape[2] // p.k.shape[2]
+    dtype, group_size = accumulator_dtype(p.q), p.q.shape[2] // p.k.shape[2]
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (p.q, p.k, p.v))
     if group_size > 1:
         k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
@@ -281,7 +288,10 @@ def _scores(
 def dropout_scale(p: AttentionProblem, weights: Tensor, first_batch: int) -> Tensor:
     """The factor of each weight: 0 where dropped, 1 / (1 − p) where kept."""
     assert p.seed is not None
-    keep = philox.keep_mask(p.seed, p.dropout_p, *weights.shape, weights.device, first_batch)
+    batch, heads, seqlen_q, seqlen_k = weights.shape
+    keep = philox.keep_mask(
+        p.seed, p.dropout_p, batch, heads, seqlen_q, seqlen_k, weights.device, first_batch
+    )
     return keep.to(weights.dtype) * (1 / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0)
 
 
@@ -320,7 +330,7 @@ def _all_finite(x: Tensor) -> bool:
 
 
 @torch.no_grad()
-@_without_autocast
+@without_autocast
 def attention_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
     """Attention of a few queries over a KV cache, after rotary embedding and append: no gradients.
 
@@ -333,7 +343,7 @@ def attention_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
     """
     batch, seqlen_q, heads, _ = p.q.shape
     out = p.q.new_empty(batch, seqlen_q, heads, p.v_cache.shape[-1])
-    lse = p.q.new_empty(batch, heads, seqlen_q, dtype=_accumulator_dtype(p.q))
+    lse = p.q.new_empty(batch, heads, seqlen_q, dtype=accumulator_dtype(p.q))
     for b, sequence in enumerate(decode_sequences(p)):
         out[b : b + 1], lse[b : b + 1] = _attention_dense(sequence)
     return out, lse
@@ -383,7 +393,7 @@ def _rotate(p: DecodeProblem, x: Tensor, positions: Tensor) -> Tensor:
     """
     if p.rotary_cos is None or p.rotary_sin is None:
         return x
-    dtype = _accumulator_dtype(x)
+    dtype = accumulator_dtype(x)
     cos, sin = (table[positions].to(dtype)[:, None] for table in (p.rotary_cos, p.rotary_sin))
     rotary_dim = 2 * cos.shape[-1]
     rotated, rest = x[..., :rotary_dim].to(dtype), x[..., rotary_dim:]
@@ -391,101 +401,3 @@ def _rotate(p: DecodeProblem, x: Tensor, positions: Tensor) -> Tensor:
     first, second = rotated.unflatten(-1, shape).unbind(pair_axis)
     pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), pair_axis)
     return torch.cat((pairs.flatten(-2).to(x.dtype), rest), dim=-1)
-
-
-# --- cross-entropy --------------------------------------------------------------------------------
-
-
-@_without_autocast
-def cross_entropy(p: CrossEntropyProblem) -> tuple[Tensor, Tensor]:
-    """Loss (N,), 0 on ignored rows, and lse (N,) of every row; fp32, or fp64 for fp64 logits.
-
-    With z the softcapped logits, y the target, m = max(z) and nll_c = log Σ exp(z − m) − (z_c − m),
-    not lse − z_c, which cancels at large offsets:
-    loss = (1 − ε) w_y nll_y + ε/V Σ_c w_c nll_c + z_loss · lse².
-    """
-    z, _ = _capped_logits(p)
-    row_max = z.detach().amax(-1, keepdim=True)
-    shifted = z - row_max
-    log_sum = shifted.exp().sum(-1).log()
-    lse = log_sum + row_max[:, 0]
-
-    ignored = p.target == p.ignore_index
-    target = p.target.masked_fill(ignored, 0)
-    nll = log_sum - shifted.gather(1, target[:, None])[:, 0]
-    if p.weight is not None:
-        nll = nll * p.weight.to(z.dtype)[target]
-    loss = (1 - p.label_smoothing) * nll
-    if p.label_smoothing > 0:
-        weighted = log_sum[:, None] - shifted
-        if p.weight is not None:
-            weighted = weighted * p.weight.to(z.dtype)
-        loss = loss + p.label_smoothing * weighted.mean(-1)
-    if p.z_loss != 0:
-        loss = loss + p.z_loss * lse * lse
-    return loss.masked_fill(ignored, 0.0), lse
-
-
-@_without_autocast
-def cross_entropy_backward(
-    p: CrossEntropyProblem, lse: Tensor, dloss: Tensor, dlse: Tensor | None = None
-) -> Tensor:
-    """dlogits (N, V) in the logits' dtype, from the gradients (N,) of loss and lse.
-
-    dz_c = dloss · ((1 − ε) w_y (p_c − [c = y]) + ε/V Σ_j w_j (p_c − [c = j]) + 2 z_loss lse p_c)
-    + dlse · p_c, its first two terms and the z-loss 0 on ignored rows. p is computed from the
-    logits' own maximum: at a large offset the rounded lse would be wrong by a factor. p − 1 is
-    formed in the accumulator's dtype, before any rounding to the logits'.
-    """
-    z, slope = _capped_logits(p)
-    probabilities = torch.softmax(z, dim=-1)
-    ignored = p.target == p.ignore_index
-    target = p.target.masked_fill(ignored, 0)[:, None]
-    one_hot = torch.zeros_like(z).scatter_(1, target, 1.0)
-    dz = (1 - p.label_smoothing) * (probabilities - one_hot)
-    if p.weight is not None:
-        dz = dz * p.weight.to(z.dtype)[target]
-    if p.label_smoothing > 0:
-        weight = torch.ones_like(z[0]) if p.weight is None else p.weight.to(z.dtype)
-        smooth = weight.sum() * probabilities - weight
-        dz = dz + p.label_smoothing / z.shape[1] * smooth
-    dz = dz + (2 * p.z_loss * lse)[:, None] * probabilities
-    dz = (dz * dloss[:, None]).masked_fill(ignored[:, None], 0.0)
-    if dlse is not None:
-        dz = dz + dlse[:, None] * probabilities
-    return (dz * slope).to(p.logits.dtype)
-
-
-@_without_autocast
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """`cross_entropy` of input (N, C) @ linear_weightᵀ (C, V) + linear_bias (V,): loss, lse (N,).
-
-    The logits exist whole, in the accumulator's dtype, never rounded to the input's.
-    """
-    dtype = _accumulator_dtype(input)
-    logits = input.to(dtype) @ linear_weight.to(dtype).mT
-    if linear_bias is not None:
-        logits = logits + linear_bias.to(dtype)
-    return cross_entropy(
-        CrossEntropyProblem(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap)
-    )
-
-
-def _capped_logits(p: CrossEntropyProblem) -> tuple[Tensor, Tensor | float]:
-    """The softcapped logits in the accumulator's dtype, and their derivative by the logits."""
-    z = p.logits.to(_accumulator_dtype(p.logits))
-    if p.softcap == 0:
-        return z, 1.0
-    t = torch.tanh(z / p.softcap)
-    return p.softcap * t, 1 - t * t

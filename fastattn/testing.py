@@ -21,14 +21,12 @@ from .cases import (
     CASES,
     CAUSAL,
     CE_CASES,
-    DECODE_CASES,
     Case,
     CrossEntropyCase,
-    DecodeCase,
     make_cross_entropy_problem,
-    make_decode_problem,
     make_problem,
 )
+from .cases_decode import DECODE_CASES, DecodeCase, make_decode_problem
 from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
 
 __all__ = [
@@ -123,9 +121,10 @@ def assert_results_close(ours: Results, ref64: Results, eager: Results) -> None:
 
 def to_float64(p: Problem) -> Problem:
     """The same problem from the same rounded inputs, in float64 and outside any graph."""
-    return p._make(
+    fields = (
         x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in p
     )
+    return type(p)(*fields)  # type: ignore[arg-type]
 
 
 def random_like(x: Tensor, seed: int) -> Tensor:
@@ -151,7 +150,7 @@ def attention_results(function: AttentionFunction, p: AttentionProblem, seed: in
     leaves = {
         name: x.detach().requires_grad_() for name, x in inputs.items() if isinstance(x, Tensor)
     }
-    out, lse = function(p._replace(**leaves))
+    out, lse = function(p._replace(**leaves))  # type: ignore[arg-type]
     dout, dlse = random_like(out, seed), random_like(lse, seed + 1)
     grads = torch.autograd.grad((out, lse), list(leaves.values()), (dout, dlse))
     names = (f"d{name}" for name in leaves)
@@ -181,8 +180,8 @@ def eager_attention(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     if not p.packed:
         return _eager_attention_dense(p)
     outs, lses = [p.q.new_zeros(0, p.q.shape[1], p.v.shape[2])], [p.q.new_zeros(p.q.shape[1], 0)]
-    for index, _, _, sequence in reference.packed_sequences(p):
-        out, lse = _eager_attention_dense(sequence, index)
+    for number, _, _, sequence in reference.packed_sequences(p):
+        out, lse = _eager_attention_dense(sequence, number)
         outs.append(out[0])
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, dim=1)
