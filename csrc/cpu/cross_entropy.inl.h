@@ -45,20 +45,21 @@ FASTATTN_INLINE Vec load_or(const T* x, Mask lanes, float otherwise) {
 // Largest of n logits, at least -FLT_MAX; NaNs are passed over (the sum will meet them).
 template <class T>
 FASTATTN_INLINE float chunk_max(const T* x, int64_t n) {
-  constexpr int kLanes = Vec::kLanes, kUnroll = 4;
-  Vec m[kUnroll];
-  for (Vec& each : m) each = broadcast(-FLT_MAX);
+  constexpr int kLanes = Vec::kLanes;
+  const Vec least = broadcast(-FLT_MAX);
+  Vec m0 = least, m1 = least, m2 = least, m3 = least;
   int64_t i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetchBytes;
-    for (size_t line = 0; line < kUnroll * kLanes * sizeof(T); line += 64)
-      prefetch_l2(ahead + line);
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; u++) m[u] = max(load(x + i + u * kLanes), m[u]);
+    for (size_t line = 0; line < 4 * kLanes * sizeof(T); line += 64) prefetch_l2(ahead + line);
+    const Pair x0 = load_pair(x + i), x1 = load_pair(x + i + 2 * kLanes);
+    m0 = max(x0.a, m0);
+    m1 = max(x0.b, m1);
+    m2 = max(x1.a, m2);
+    m3 = max(x1.b, m3);
   }
-  for (; i + kLanes <= n; i += kLanes) m[0] = max(load(x + i), m[0]);
-  if (i < n) m[0] = max(load_or(x + i, first_lanes(n - i), -FLT_MAX), m[0]);
-  return max(max(max(m[0], m[1]), max(m[2], m[3])));
+  for (; i < n; i += kLanes) m0 = max(load_or(x + i, first_lanes(n - i), -FLT_MAX), m0);
+  return max(max(max(m0, m1), max(m2, m3)));
 }
 
 // Adds n logits and their class weights (null = 1) to the row's statistics.
@@ -84,8 +85,9 @@ FASTATTN_INLINE void add_chunk(const T* x, const float* weight, int64_t n, float
     row.weight += sum(weights);
   } else {
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-      sum_even = sum_even + exp(load(x + i) - shift);
-      sum_odd = sum_odd + exp(load(x + i + kLanes) - shift);
+      const Pair z = load_pair(x + i);
+      sum_even = sum_even + exp(z.a - shift);
+      sum_odd = sum_odd + exp(z.b - shift);
     }
     for (; i < n; i += kLanes) {
       sum_even = sum_even + exp(load_or(x + i, first_lanes(n - i), -INFINITY) - shift);
@@ -121,35 +123,31 @@ FASTATTN_INLINE void write_gradient(const T* x, const CrossEntropyParams& p, flo
                                     float a_, float s_, bool past_caches, T* dx) {
   constexpr int kLanes = Vec::kLanes;
   const Vec shift = broadcast(row_max), a = broadcast(a_), s = broadcast(s_), one = broadcast(1.0f);
-  const float* weight = kRich ? p.weight : nullptr;
-  const auto some = [&](int64_t i, int64_t n) {
-    const Mask lanes = first_lanes(n);
-    const Vec w = weight ? load_partial(weight + i, lanes) : one;
-    store_partial(dx + i, gradient<kRich>(load_partial(x + i, lanes), w, p.softcap, shift, a, s),
-                  lanes);
-  };
-  const auto full = [&](int64_t i) {
-    const Vec w = weight ? load(weight + i) : one;
-    return gradient<kRich>(load(x + i), w, p.softcap, shift, a, s);
+  const auto write_until = [&](int64_t i, int64_t end) {
+    for (; i < end; i += kLanes) {
+      const Mask lanes = first_lanes(end - i);
+      const Vec w = kRich && p.weight ? load_partial(p.weight + i, lanes) : one;
+      const Vec g = gradient<kRich>(load_partial(x + i, lanes), w, p.softcap, shift, a, s);
+      store_partial(dx + i, g, lanes);
+    }
   };
 
   int64_t i = 0;
-  if (past_caches) {
-    constexpr uintptr_t kAlign = kLanes * sizeof(T);
-    const uintptr_t misaligned = reinterpret_cast<uintptr_t>(dx) % kAlign;
-    if (misaligned) some(0, i = std::min<int64_t>(p.vocab, (kAlign - misaligned) / sizeof(T)));
-    for (; i + 2 * kLanes <= p.vocab; i += 2 * kLanes) {
-      stream(dx + i, full(i));
-      stream(dx + i + kLanes, full(i + kLanes));
-    }
-  } else {
-    for (; i + 2 * kLanes <= p.vocab; i += 2 * kLanes) {
-      const Vec even = full(i), odd = full(i + kLanes);
-      store(dx + i, even);
-      store(dx + i + kLanes, odd);
+  if constexpr (!kRich) {
+    const auto pair_at = [&](int64_t at) -> Pair {
+      const Pair z = load_pair(x + at);
+      return {a * exp(z.a - shift), a * exp(z.b - shift)};
+    };
+    if (past_caches) {
+      const uintptr_t beyond_line = reinterpret_cast<uintptr_t>(dx) % 64;
+      if (beyond_line) i = std::min<int64_t>(p.vocab, (64 - beyond_line) / sizeof(T));
+      write_until(0, i);
+      for (; i + 2 * kLanes <= p.vocab; i += 2 * kLanes) stream_pair(dx + i, pair_at(i));
+    } else {
+      for (; i + 2 * kLanes <= p.vocab; i += 2 * kLanes) store_pair(dx + i, pair_at(i));
     }
   }
-  for (; i < p.vocab; i += kLanes) some(i, p.vocab - i);
+  write_until(i, p.vocab);
 }
 
 // Loss and lse of row r where p.loss is set, its gradient where p.dlogits is.

@@ -42,14 +42,17 @@ FASTATTN_INLINE Vec widen(const bf16*, __m128i half) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
 }
 FASTATTN_INLINE Vec widen(const fp16*, __m128i half) { return {_mm256_cvtph_ps(half)}; }
-FASTATTN_INLINE __m128i narrow(const bf16*, Vec a) {
+// Rounded to bf16 in the upper half of each lane; the lower half is rubbish.
+FASTATTN_INLINE __m256i round_to_upper_half(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256 nan = _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q);  // rounding could carry a NaN into infinity
-  rounded = _mm256_castps_si256(_mm256_blendv_ps(
+  return _mm256_castps_si256(_mm256_blendv_ps(
       _mm256_castsi256_ps(rounded), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan));
-  rounded = _mm256_srli_epi32(rounded, 16);
+}
+FASTATTN_INLINE __m128i narrow(const bf16*, Vec a) {
+  const __m256i rounded = _mm256_srli_epi32(round_to_upper_half(a), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
 FASTATTN_INLINE __m128i narrow(const fp16*, Vec a) {
@@ -90,6 +93,41 @@ FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
 FASTATTN_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // 2^x within 1e-7 relative for |x| ≤ 126, 0 below; NaN stays NaN. Degree 5 on [-½, ½] (minimax), exponent added as an integer.
+
+// 16 consecutive elements, in an order that depends on their type and that store_pair undoes: bf16
+// goes to even and odd ones, which costs no shuffles.
+struct Pair {
+  Vec a, b;
+};
+template <class T>
+FASTATTN_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + 8)};
+}
+FASTATTN_INLINE Pair load_pair(const bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))},
+          {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(int(0xffff0000))))}};
+}
+FASTATTN_INLINE __m256i interleave_bf16(Pair x) {
+  const __m256i even = _mm256_srli_epi32(round_to_upper_half(x.a), 16);
+  return _mm256_blend_epi16(even, round_to_upper_half(x.b), 0xaa);
+}
+template <class T>
+FASTATTN_INLINE void store_pair(T* p, Pair x) {
+  store(p, x.a);
+  store(p + 8, x.b);
+}
+FASTATTN_INLINE void store_pair(bf16* p, Pair x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), interleave_bf16(x));
+}
+template <class T>
+FASTATTN_INLINE void stream_pair(T* p, Pair x) {  // p is 32-byte aligned
+  stream(p, x.a);
+  stream(p + 8, x.b);
+}
+FASTATTN_INLINE void stream_pair(bf16* p, Pair x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), interleave_bf16(x));
+}
 FASTATTN_INLINE Vec exp2(Vec a) {
   const Vec clamped = max(broadcast(-127.0f), a);  // this order keeps a NaN
   const Vec magic = broadcast(12582912.0f);        // 1.5 · 2²³: adding it rounds to an integer in the low mantissa bits

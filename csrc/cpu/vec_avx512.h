@@ -39,13 +39,16 @@ FASTATTN_INLINE Vec load_partial(const fp16* p, Mask m) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p))};
 }
 
-FASTATTN_INLINE __m256i round_to_bf16(Vec a) {
+// Rounded to bf16 in the upper half of each lane; the lower half is rubbish.
+FASTATTN_INLINE __m512i round_to_upper_half(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const Mask nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);  // rounding could carry a NaN into infinity
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+FASTATTN_INLINE __m256i round_to_bf16(Vec a) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_upper_half(a), 16));
 }
 FASTATTN_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
 FASTATTN_INLINE void store(bf16* p, Vec a) {
@@ -71,6 +74,39 @@ FASTATTN_INLINE void stream(fp16* p, Vec a) {
 }
 FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
 FASTATTN_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+// 32 consecutive elements, in an order that depends on their type and that store_pair undoes: bf16 goes to even and odd ones,
+// which costs no shuffles.
+struct Pair {
+  Vec a, b;
+};
+template <class T>
+FASTATTN_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + 16)};
+}
+FASTATTN_INLINE Pair load_pair(const bf16* p) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000))))}};
+}
+FASTATTN_INLINE __m512i interleave_bf16(Pair x) {
+  const __m512i even = _mm512_srli_epi32(round_to_upper_half(x.a), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, even, round_to_upper_half(x.b));
+}
+template <class T>
+FASTATTN_INLINE void store_pair(T* p, Pair x) {
+  store(p, x.a);
+  store(p + 16, x.b);
+}
+FASTATTN_INLINE void store_pair(bf16* p, Pair x) { _mm512_storeu_si512(p, interleave_bf16(x)); }
+template <class T>
+FASTATTN_INLINE void stream_pair(T* p, Pair x) {  // p is 64-byte aligned
+  stream(p, x.a);
+  stream(p + 16, x.b);
+}
+FASTATTN_INLINE void stream_pair(bf16* p, Pair x) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), interleave_bf16(x));
+}
 
 // 2^x within 1e-7 relative for x ≤ 127; 2^-inf = 0; NaN stays NaN. Degree 5 on [0, 1) (minimax), scaled by scalef.
 FASTATTN_INLINE Vec exp2(Vec a) {

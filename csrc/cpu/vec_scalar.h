@@ -13,7 +13,9 @@ FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {a.x + b.x}; }
 FASTATTN_INLINE Vec operator-(Vec a, Vec b) { return {a.x - b.x}; }
 FASTATTN_INLINE Vec operator*(Vec a, Vec b) { return {a.x * b.x}; }
 FASTATTN_INLINE Vec operator/(Vec a, Vec b) { return {a.x / b.x}; }
-FASTATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {a.x * b.x + c.x}; }
+FASTATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) {  // a product is exact in double: rounded once, as if fused
+  return {float(double(a.x) * b.x + c.x)};
+}
 FASTATTN_INLINE Vec max(Vec a, Vec b) { return {a.x > b.x ? a.x : b.x}; }  // b where either is NaN
 FASTATTN_INLINE float sum(Vec a) { return a.x; }
 FASTATTN_INLINE float max(Vec a) { return a.x; }
@@ -43,6 +45,23 @@ FASTATTN_INLINE void stream(T* p, Vec a) {
 }
 FASTATTN_INLINE void stream_fence() {}
 FASTATTN_INLINE void prefetch_l2(const void*) {}
+
+struct Pair {
+  Vec a, b;
+};
+template <class T>
+FASTATTN_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + 1)};
+}
+template <class T>
+FASTATTN_INLINE void store_pair(T* p, Pair x) {
+  store(p, x.a);
+  store(p + 1, x.b);
+}
+template <class T>
+FASTATTN_INLINE void stream_pair(T* p, Pair x) {
+  store_pair(p, x);
+}
 
 FASTATTN_INLINE Vec exp2(Vec a) { return {std::exp2(a.x)}; }
 FASTATTN_INLINE void transpose(Vec (&)[1]) {}
