@@ -1,5 +1,9 @@
 // Every kernel, in dependency order; included once per instruction set, after its vec_*.h.
 #include "vec_math.inl.h"
+#include "tiles.inl.h"
+#include "gemm_tile.inl.h"
+#include "philox.inl.h"
+#include "score_mods.inl.h"
 #include "attn_fwd.inl.h"
 #include "attn_bwd.inl.h"
 #include "attn_decode.inl.h"

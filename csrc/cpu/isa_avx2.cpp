@@ -1,5 +1,6 @@
-// The kernels for AVX2. Everything between push and pop is compiled for it; standard headers come before, so that no
-// inline function of theirs is emitted in an encoding other processors can't run.
+// The kernels for AVX2. Everything between push and pop is compiled for it; standard headers come
+// before, so that no inline function of theirs is emitted in an encoding other processors can't
+// run.
 #include "isa_headers.h"
 
 #if defined(__x86_64__)
@@ -13,7 +14,8 @@ namespace fastattn::cpu::avx2 {
 #include "all_kernels.inl.h"
 
 static bool usable() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 const Kernels kKernels = FASTATTN_KERNEL_TABLE("avx2");
 

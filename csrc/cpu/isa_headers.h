@@ -15,5 +15,11 @@
 #include <utility>
 #include <vector>
 
+#include "block_range.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "elements.h"
 #include "kernels.h"
+#include "scratch.h"

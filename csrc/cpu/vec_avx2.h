@@ -1,4 +1,5 @@
-// Vec: 8 fp32 lanes (AVX2, FMA, F16C). Included inside namespace avx2 and its target region. Same names in every vec_*.h.
+// Vec: 8 fp32 lanes (AVX2, FMA, F16C). Included inside namespace avx2 and its target region. Same
+// names in every vec_*.h.
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 
 struct Vec {
@@ -7,7 +8,8 @@ struct Vec {
 };
 struct Mask {
   __m256i x;  // all ones in a chosen lane
-  int lanes;  // how many of the first lanes are chosen, for the 16-bit types that have no masked load
+  int lanes;  // how many of the first lanes are chosen, for the 16-bit types that have no masked
+              // load
 };
 
 FASTATTN_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
@@ -16,8 +18,10 @@ FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; 
 FASTATTN_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x)}; }
 FASTATTN_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
 FASTATTN_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
-FASTATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }  // a·b + c
-FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }                  // b where either is NaN
+// a·b + c
+FASTATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
+// b where either is NaN
+FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }
 FASTATTN_INLINE float sum(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -34,6 +38,9 @@ FASTATTN_INLINE Mask first_lanes(int64_t n) {  // lanes 0 … n - 1; any n
   const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return {_mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), index), lanes};
 }
+FASTATTN_INLINE Mask equal(Vec a, Vec b) {  // false at NaN; for select alone
+  return {_mm256_castps_si256(_mm256_cmp_ps(a.x, b.x, _CMP_EQ_OQ)), 0};
+}
 FASTATTN_INLINE Vec select(Mask m, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.x, yes.x, _mm256_castsi256_ps(m.x))};
 }
@@ -47,7 +54,8 @@ FASTATTN_INLINE __m256i round_to_upper_half(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256 nan = _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q);  // rounding could carry a NaN into infinity
+  const __m256 nan =
+      _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q);  // rounding could carry a NaN into infinity
   return _mm256_castps_si256(_mm256_blendv_ps(
       _mm256_castsi256_ps(rounded), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan));
 }
@@ -64,7 +72,8 @@ template <class Half>
 FASTATTN_INLINE Vec load(const Half* p) {
   return widen(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-FASTATTN_INLINE Vec load_partial(const float* p, Mask m) { return {_mm256_maskload_ps(p, m.x)}; }  // 0 elsewhere
+// 0 elsewhere
+FASTATTN_INLINE Vec load_partial(const float* p, Mask m) { return {_mm256_maskload_ps(p, m.x)}; }
 template <class Half>
 FASTATTN_INLINE Vec load_partial(const Half* p, Mask m) {
   alignas(16) uint16_t lanes[8] = {};
@@ -83,16 +92,14 @@ FASTATTN_INLINE void store_partial(Half* p, Vec a, Mask m) {
   _mm_store_si128(reinterpret_cast<__m128i*>(lanes), narrow(p, a));
   for (int i = 0; i < m.lanes; i++) p[i].bits = lanes[i];
 }
-// Past the caches, for outputs nobody reads soon; p is 32-byte aligned (16 for 16-bit types). Ends with stream_fence().
+// Past the caches, for outputs nobody reads soon; p is 32-byte aligned (16 for 16-bit types). Ends
+// with stream_fence().
 FASTATTN_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.x); }
 template <class Half>
 FASTATTN_INLINE void stream(Half* p, Vec a) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, a));
 }
 FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
-FASTATTN_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-
-// 2^x within 1e-7 relative for |x| ≤ 126, 0 below; NaN stays NaN. Degree 5 on [-½, ½] (minimax), exponent added as an integer.
 
 // 16 consecutive elements, in an order that depends on their type and that store_pair undoes: bf16
 // goes to even and odd ones, which costs no shuffles.
@@ -128,9 +135,16 @@ FASTATTN_INLINE void stream_pair(T* p, Pair x) {  // p is 32-byte aligned
 FASTATTN_INLINE void stream_pair(bf16* p, Pair x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), interleave_bf16(x));
 }
+FASTATTN_INLINE void prefetch_l2(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}
+
+// 2^x within 1e-7 relative for |x| ≤ 126, 0 below; NaN stays NaN. Degree 5 on [-½, ½] (minimax),
+// exponent added as an integer.
 FASTATTN_INLINE Vec exp2(Vec a) {
   const Vec clamped = max(broadcast(-127.0f), a);  // this order keeps a NaN
-  const Vec magic = broadcast(12582912.0f);        // 1.5 · 2²³: adding it rounds to an integer in the low mantissa bits
+  const Vec magic =
+      broadcast(12582912.0f);  // 1.5 · 2²³: adding it rounds to an integer in the low mantissa bits
   const Vec shifted = clamped + magic;
   const Vec r = clamped - (shifted - magic);
   Vec p = broadcast(0.0013276472454890609f);
@@ -167,7 +181,8 @@ FASTATTN_INLINE void transpose(Vec (&r)[8]) {
   for (int i = 0; i < 8; i++) r[i].x = t[i];
 }
 
-// Denormal probabilities cost up to 3× in FMA loops: flush them for the life of this guard, on this thread.
+// Denormal probabilities cost up to 3× in FMA loops: flush them for the life of this guard, on this
+// thread.
 class FlushDenormals {
  public:
   FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // FTZ | DAZ

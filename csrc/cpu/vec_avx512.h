@@ -1,4 +1,5 @@
-// Vec: 16 fp32 lanes (AVX-512 F/BW/DQ/VL). Included inside namespace avx512 and its target region. Same names in every vec_*.h.
+// Vec: 16 fp32 lanes (AVX-512 F/BW/DQ/VL). Included inside namespace avx512 and its target region.
+// Same names in every vec_*.h.
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 
 struct Vec {
@@ -13,15 +14,21 @@ FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; 
 FASTATTN_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 FASTATTN_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
 FASTATTN_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
-FASTATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }  // a·b + c
-FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }                  // b where either is NaN
+// a·b + c
+FASTATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+// b where either is NaN
+FASTATTN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
 FASTATTN_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.x); }
 FASTATTN_INLINE float max(Vec a) { return _mm512_reduce_max_ps(a.x); }
 
 FASTATTN_INLINE Mask first_lanes(int64_t n) {  // lanes 0 … n - 1; any n
   return n <= 0 ? Mask(0) : n >= 16 ? Mask(0xffff) : Mask((1u << n) - 1);
 }
-FASTATTN_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.x, yes.x)}; }
+// false at NaN
+FASTATTN_INLINE Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ); }
+FASTATTN_INLINE Vec select(Mask m, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(m, no.x, yes.x)};
+}
 
 FASTATTN_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FASTATTN_INLINE Vec load(const bf16* p) {
@@ -31,9 +38,11 @@ FASTATTN_INLINE Vec load(const bf16* p) {
 FASTATTN_INLINE Vec load(const fp16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-FASTATTN_INLINE Vec load_partial(const float* p, Mask m) { return {_mm512_maskz_loadu_ps(m, p)}; }  // 0 elsewhere
+// 0 elsewhere
+FASTATTN_INLINE Vec load_partial(const float* p, Mask m) { return {_mm512_maskz_loadu_ps(m, p)}; }
 FASTATTN_INLINE Vec load_partial(const bf16* p, Mask m) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16))};
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16))};
 }
 FASTATTN_INLINE Vec load_partial(const fp16* p, Mask m) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p))};
@@ -44,7 +53,8 @@ FASTATTN_INLINE __m512i round_to_upper_half(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const Mask nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);  // rounding could carry a NaN into infinity
+  const Mask nan =
+      _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);  // rounding could carry a NaN into infinity
   return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
 }
 FASTATTN_INLINE __m256i round_to_bf16(Vec a) {
@@ -55,7 +65,8 @@ FASTATTN_INLINE void store(bf16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(a));
 }
 FASTATTN_INLINE void store(fp16* p, Vec a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
 }
 FASTATTN_INLINE void store_partial(float* p, Vec a, Mask m) { _mm512_mask_storeu_ps(p, m, a.x); }
 FASTATTN_INLINE void store_partial(bf16* p, Vec a, Mask m) {
@@ -64,19 +75,20 @@ FASTATTN_INLINE void store_partial(bf16* p, Vec a, Mask m) {
 FASTATTN_INLINE void store_partial(fp16* p, Vec a, Mask m) {
   _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
 }
-// Past the caches, for outputs nobody reads soon; p is 64-byte aligned (32 for 16-bit types). Ends with stream_fence().
+// Past the caches, for outputs nobody reads soon; p is 64-byte aligned (32 for 16-bit types). Ends
+// with stream_fence().
 FASTATTN_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.x); }
 FASTATTN_INLINE void stream(bf16* p, Vec a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(a));
 }
 FASTATTN_INLINE void stream(fp16* p, Vec a) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
 }
 FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
-FASTATTN_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
-// 32 consecutive elements, in an order that depends on their type and that store_pair undoes: bf16 goes to even and odd ones,
-// which costs no shuffles.
+// 32 consecutive elements, in an order that depends on their type and that store_pair undoes: bf16
+// goes to even and odd ones, which costs no shuffles.
 struct Pair {
   Vec a, b;
 };
@@ -107,8 +119,12 @@ FASTATTN_INLINE void stream_pair(T* p, Pair x) {  // p is 64-byte aligned
 FASTATTN_INLINE void stream_pair(bf16* p, Pair x) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), interleave_bf16(x));
 }
+FASTATTN_INLINE void prefetch_l2(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}
 
-// 2^x within 1e-7 relative for x ≤ 127; 2^-inf = 0; NaN stays NaN. Degree 5 on [0, 1) (minimax), scaled by scalef.
+// 2^x within 1e-7 relative for x ≤ 127; 2^-inf = 0; NaN stays NaN. Degree 5 on [0, 1) (minimax),
+// scaled by scalef.
 FASTATTN_INLINE Vec exp2(Vec a) {
   const Vec r{_mm512_reduce_ps(a.x, 0x09)};  // a - floor(a)
   Vec p = broadcast(0.0018775766948238015f);
@@ -153,7 +169,8 @@ FASTATTN_INLINE void transpose(Vec (&r)[16]) {
   }
 }
 
-// Denormal probabilities cost up to 3× in FMA loops: flush them for the life of this guard, on this thread.
+// Denormal probabilities cost up to 3× in FMA loops: flush them for the life of this guard, on this
+// thread.
 class FlushDenormals {
  public:
   FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // FTZ | DAZ

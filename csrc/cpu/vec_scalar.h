@@ -1,4 +1,5 @@
-// Vec: one fp32 lane, in plain C++. The portable fallback. Included inside namespace scalar. Same names in every vec_*.h.
+// Vec: one fp32 lane, in plain C++. The portable fallback. Included inside namespace scalar. Same
+// names in every vec_*.h.
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 
 struct Vec {
@@ -13,7 +14,8 @@ FASTATTN_INLINE Vec operator+(Vec a, Vec b) { return {a.x + b.x}; }
 FASTATTN_INLINE Vec operator-(Vec a, Vec b) { return {a.x - b.x}; }
 FASTATTN_INLINE Vec operator*(Vec a, Vec b) { return {a.x * b.x}; }
 FASTATTN_INLINE Vec operator/(Vec a, Vec b) { return {a.x / b.x}; }
-FASTATTN_INLINE Vec fmadd(Vec a, Vec b, Vec c) {  // a product is exact in double: rounded once, as if fused
+FASTATTN_INLINE Vec fmadd(Vec a, Vec b,
+                          Vec c) {  // a product is exact in double: rounded once, as if fused
   return {float(double(a.x) * b.x + c.x)};
 }
 FASTATTN_INLINE Vec max(Vec a, Vec b) { return {a.x > b.x ? a.x : b.x}; }  // b where either is NaN
@@ -21,6 +23,7 @@ FASTATTN_INLINE float sum(Vec a) { return a.x; }
 FASTATTN_INLINE float max(Vec a) { return a.x; }
 
 FASTATTN_INLINE Mask first_lanes(int64_t n) { return n > 0; }
+FASTATTN_INLINE Mask equal(Vec a, Vec b) { return a.x == b.x; }
 FASTATTN_INLINE Vec select(Mask m, Vec yes, Vec no) { return m ? yes : no; }
 
 template <class T>
@@ -44,7 +47,6 @@ FASTATTN_INLINE void stream(T* p, Vec a) {
   store(p, a);
 }
 FASTATTN_INLINE void stream_fence() {}
-FASTATTN_INLINE void prefetch_l2(const void*) {}
 
 struct Pair {
   Vec a, b;
@@ -62,8 +64,12 @@ template <class T>
 FASTATTN_INLINE void stream_pair(T* p, Pair x) {
   store_pair(p, x);
 }
+FASTATTN_INLINE void prefetch_l2(const void*) {}
 
 FASTATTN_INLINE Vec exp2(Vec a) { return {std::exp2(a.x)}; }
 FASTATTN_INLINE void transpose(Vec (&)[1]) {}
 
-class FlushDenormals {};
+class FlushDenormals {
+ public:
+  FlushDenormals() {}  // not trivial: an unused one is no warning
+};

@@ -1,0 +1,105 @@
+// Tile sizes, and the ways between tensors and tiles.
+//
+// The kernels work on transposed tiles: a vector's lanes are queries, and keys and head dims are
+// rows. Softmax statistics are then plain vectors, without horizontal operations, and K and V are
+// used row-major as they come, one broadcast element at a time. Only Q, out and their gradients are
+// transposed.
+
+constexpr int kLanes = Vec::kLanes;
+// Vectors of queries a tile: 4 rows × 4 vectors of accumulators fill the FMA pipes of 32 registers,
+// 4 × 3 those of 16.
+constexpr int kVecs = kLanes == 8 ? 3 : 4;
+constexpr int kTileQ = kVecs * kLanes;  // row length of every transposed tile
+constexpr int kBlockK = 64;             // keys a block: K, V and P of one block fit L1 at D = 64
+constexpr int kPad = 16;                // rows in scratch are padded to a multiple of this
+
+// Calls f(integral_constant<int, vecs>).
+template <class F>
+FASTATTN_INLINE void with_vecs(int vecs, F&& f) {
+  if (vecs == 1) f(std::integral_constant<int, 1>{});
+  if (vecs == 2) f(std::integral_constant<int, 2>{});
+  if (vecs == 3) f(std::integral_constant<int, 3>{});
+  if constexpr (kVecs == 4) {
+    if (vecs == 4) f(std::integral_constant<int, 4>{});
+  }
+}
+
+// Calls f with a value of the element type.
+template <class F>
+static void with_dtype(DType dtype, F&& f) {
+  if (dtype == DType::kF32) f(float{});
+  if (dtype == DType::kBF16) f(bf16{});
+  if (dtype == DType::kF16) f(fp16{});
+}
+
+// Elements [0, n) of p, which may be fewer than a vector's; 0 beyond.
+template <class T>
+FASTATTN_INLINE Vec load_upto(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_partial(p, first_lanes(n));
+}
+template <class T>
+FASTATTN_INLINE void store_upto(T* p, Vec x, int64_t n) {
+  if (n >= kLanes) {
+    store(p, x);
+  } else {
+    store_partial(p, x, first_lanes(n));
+  }
+}
+
+// (rows, cols) elements, rows `stride` apart, become fp32 rows `ld` apart (a multiple of kPad),
+// zeros behind cols. Returns whether all are finite. Copying what is fp32 already costs 1 % and
+// keeps rows a power of two apart from falling into the same L1 sets.
+template <class T>
+static bool load_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, float* dst,
+                      int64_t ld) {
+  Vec poison = zero();  // NaN as soon as 0 · x is
+  for (int64_t r = 0; r < rows; r++, src += stride, dst += ld) {
+    for (int64_t c = 0; c < ld; c += kLanes) {
+      const Vec x = c < cols ? load_upto(src + c, cols - c) : zero();
+      poison = fmadd(x, zero(), poison);
+      store(dst + c, x);
+    }
+  }
+  return sum(poison) == 0;
+}
+
+// dst[c][r] = factor · src[r][c] in rows of kTileQ; lanes behind `rows` up to a whole vector are 0.
+template <class T>
+static void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t cols, float factor,
+                            float* dst) {
+  const Vec scale = broadcast(factor);
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) {
+        block[i] = r + i < rows ? load_upto(src + (r + i) * stride + c, cols - c) * scale : zero();
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) store(dst + (c + i) * kTileQ + r, block[i]);
+    }
+  }
+}
+
+// dst[r][c] = factors[r] · src[c][r], and 0 where the factor is 0, whatever src holds.
+template <class T>
+static void unpack_transposed(const float* src, const float* factors, int64_t rows, int64_t cols,
+                              T* dst, int64_t stride) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const Vec factor = load(factors + r);
+    const Mask zeros = equal(factor, zero());
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) {
+        block[i] = select(zeros, zero(), load(src + (c + i) * kTileQ + r) * factor);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) {
+        if (r + i < rows) store_upto(dst + (r + i) * stride + c, block[i], cols - c);
+      }
+    }
+  }
+}
