@@ -5,22 +5,22 @@ constexpr float kLn2 = 0.693147180559945309f;
 
 FASTATTN_INLINE Vec exp(Vec a) { return exp2(a * broadcast(kLog2E)); }
 
-// tanh within 4e-7 relative (and of 1); NaN stays NaN. x·P(x²)/Q(x²) on [-9, 9], a minimax fit with
-// positive coefficients, so nothing cancels; beyond 9 the result is 1 in fp32.
-FASTATTN_INLINE Vec tanh(Vec a) {
-  const Vec limit = broadcast(9.0f);
-  const Vec x =
-      zero() - max(zero() - limit, zero() - max(zero() - limit, a));  // this order keeps a NaN
+// tanh within 2e-7 relative, never beyond ±1; NaN stays NaN. Up to |x| = 0.8 an odd polynomial
+// (minimax), then 1 − 2t / (1 + t) with t = exp(−2|x|), whose error shrinks with t.
+FASTATTN_INLINE Vec tanh(Vec x) {
   const Vec u = x * x;
-  Vec p = broadcast(1.3354352e-8f);
-  p = fmadd(p, u, broadcast(2.0608852e-5f));
-  p = fmadd(p, u, broadcast(3.4955740e-3f));
-  p = fmadd(p, u, broadcast(1.3381013e-1f));
-  p = fmadd(p, u, broadcast(1.0f));
-  Vec q = broadcast(7.7764294e-7f);
-  q = fmadd(q, u, broadcast(3.2856117e-4f));
-  q = fmadd(q, u, broadcast(2.5876929e-2f));
-  q = fmadd(q, u, broadcast(4.6714330e-1f));
-  q = fmadd(q, u, broadcast(1.0f));
-  return x * p / q;
+  Vec p = broadcast(1.5847563e-3f);
+  p = fmadd(p, u, broadcast(-7.4095576e-3f));
+  p = fmadd(p, u, broadcast(2.1302991e-2f));
+  p = fmadd(p, u, broadcast(-5.3852331e-2f));
+  p = fmadd(p, u, broadcast(1.3332221e-1f));
+  p = fmadd(p, u, broadcast(-3.3333299e-1f));
+  const Vec near_zero = fmadd(x * u, p, x);
+
+  const Vec one = broadcast(1.0f), edge = broadcast(0.8f);
+  const Vec magnitude = max(zero() - x, x);
+  const Vec t = exp(broadcast(-2.0f) * magnitude);
+  const Vec positive = one - (t + t) / (one + t);
+  const Vec far = select(equal(magnitude, x), positive, zero() - positive);
+  return select(equal(max(magnitude, edge), edge), near_zero, far);
 }

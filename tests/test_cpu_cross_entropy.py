@@ -1,0 +1,190 @@
+"""The CPU cross-entropy kernels: what is theirs alone. The loss's contract is in test_losses.py."""
+
+from __future__ import annotations
+
+import math
+
+import cpu_isa
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn import library
+from fastattn.problem import CrossEntropyProblem
+from fastattn.testing import (
+    CE_CASES,
+    CrossEntropyCase,
+    Results,
+    assert_results_close,
+    cross_entropy_expected,
+    make_cross_entropy_problem,
+    random_like,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# over 4 MiB in every dtype: its gradient is written past the caches
+LONG = CrossEntropyCase("long", rows=71, vocab=30011, padding=2)
+    "long", rows=37, vocab=30011, padding=2
+)  # over 4 MB: written past the caches
+
+if (reason := library.load_error()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+
+def forward(
+    p: CrossEntropyProblem, dloss: Tensor | None = None, dlogits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    loss, lse = torch.full((2, p.logits.shape[0]), math.nan)
+    torch.ops.fastattn_C.cross_entropy_fwd(*p, dloss, loss, lse, dlogits)
+    return loss, lse
+
+
+def backward(
+    p: CrossEntropyProblem,
+    lse: Tensor,
+    dloss: Tensor,
+    dlse: Tensor | None = None,
+    dlogits: Tensor | None = None,
+) -> Tensor:
+    dlogits = torch.full_like(p.logits, math.nan) if dlogits is None else dlogits
+    torch.ops.fastattn_C.cross_entropy_bwd(*p, lse, dloss, dlse, dlogits)
+    return dlogits
+
+
+def problem(logits: list[list[float]], target: list[int], dtype: torch.dtype = torch.float32):
+    return CrossEntropyProblem(torch.tensor(logits).to(dtype), torch.tensor(target))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CE_CASES, LONG], ids=str)
+def test_results_are_within_the_bound(case: CrossEntropyCase, dtype: torch.dtype) -> None:
+    p = make_cross_entropy_problem(case, dtype)
+    loss, lse = forward(p)
+    dlogits = backward(p, lse, random_like(loss, 1), random_like(lse, 2))
+    ours: Results = {"loss": loss, "lse": lse, "dlogits": dlogits}
+    assert_results_close(ours, *cross_entropy_expected(p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CE_CASES, LONG], ids=str)
+def test_every_way_to_the_gradient_gives_the_same_bits(
+    case: CrossEntropyCase, dtype: torch.dtype
+) -> None:
+    p = make_cross_entropy_problem(case, dtype)
+    dloss = torch.randn(p.logits.shape[0])
+    loss, lse = forward(p)
+    from_lse = backward(p, lse, dloss)
+
+    fresh = torch.full_like(p.logits, math.nan)
+    for x, y in zip(forward(p, dloss, fresh), (loss, lse), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    in_place = p._replace(logits=p.logits.clone())
+    forward(in_place, dloss, in_place.logits)
+    overwritten = p._replace(logits=p.logits.clone())
+    backward(overwritten, lse, dloss, dlogits=overwritten.logits)
+    for dlogits in (fresh, in_place.logits, overwritten.logits):
+        assert torch.equal(dlogits, from_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", (1, 15, 33, 2047, 2049, 4097))
+def test_rows_of_any_alignment_stay_within_their_bounds(vocab: int, dtype: torch.dtype) -> None:
+    rows = 2 + (5 << 20) // vocab if vocab > 4000 else 5  # the longest are written past the caches
+    inside = (slice(None), slice(2, vocab + 2))
+    logits = torch.full((rows, vocab + 5), math.nan, dtype=dtype)
+    logits[inside] = torch.randn(rows, vocab).to(dtype)
+    p = CrossEntropyProblem(logits[inside], torch.randint(vocab, (rows,)))
+    dlogits = torch.full_like(logits, 7.0)
+    lse = forward(p, torch.ones(rows), dlogits[inside])[1]
+    compact = p._replace(logits=p.logits.contiguous())
+    assert torch.equal(forward(compact)[1], lse)
+    assert torch.equal(dlogits[inside], backward(compact, lse, torch.ones(rows)))
+    dlogits[inside] = 7.0
+    assert (dlogits == 7.0).all()
+
+
+@pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
+def test_results_do_not_depend_on_the_threads(label_smoothing: float) -> None:
+    p = make_cross_entropy_problem(LONG, torch.float32)._replace(label_smoothing=label_smoothing)
+    dloss, threads = torch.tensor(0.25), torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            loss, lse = forward(p)
+            results.append((loss, lse, backward(p, lse, dloss)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_huge_offset_changes_nothing(dtype: torch.dtype) -> None:
+    huge = 2.0**24
+    p = problem([[huge, huge], [-huge, -huge], [huge, -huge]], [1, 0, 0], dtype)
+    loss, lse = forward(p)
+    torch.testing.assert_close(loss, torch.tensor([math.log(2), math.log(2), 0.0]))
+    torch.testing.assert_close(lse, torch.tensor([huge, -huge, huge]), rtol=1e-7, atol=0)
+    expected = torch.tensor([[0.5, -0.5], [-0.5, 0.5], [0.0, 0.0]], dtype=dtype)
+    torch.testing.assert_close(backward(p, lse, torch.ones(3)), expected)
+
+
+@pytest.mark.parametrize("margin", (4.0, 6.0, 8.0, 10.0))
+def test_confident_predictions_keep_the_targets_gradient(margin: float) -> None:
+    p = problem([[margin, 0.0, 0.0]], [0], torch.bfloat16)
+    lse = forward(p)[1]
+    # p_y − 1, of which nothing would be left if p_y were rounded to bf16 first
+    expected = -2 / (math.exp(margin) + 2)
+    dlogits = backward(p, lse, torch.ones(1))
+    assert dlogits[0, 0].item() == pytest.approx(expected, rel=2**-8, abs=2**-23)
+
+
+@pytest.mark.parametrize("vocab", (3, 2500))
+@pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
+def test_nan_and_infinity_spread_in_their_row_alone(vocab: int, label_smoothing: float) -> None:
+    logits = torch.randn(6, vocab)
+    logits[1, 0] = math.nan
+    logits[2, -1] = math.inf
+    logits[3] = -math.inf
+    logits[4, 1] = -math.inf  # a masked class is harmless unless it is smoothed
+    p = CrossEntropyProblem(logits, torch.zeros(6).long(), label_smoothing=label_smoothing)
+    loss, lse = forward(p)
+    dlogits = backward(p, lse, torch.ones(6))
+    good, masked = torch.tensor([0, 5]), 4
+    assert loss[good].isfinite().all() and dlogits[good].isfinite().all()
+    assert loss[1:4].isnan().all() and lse[1:4].isnan().all() and dlogits[1:4].isnan().all()
+    assert lse[masked].isfinite() and dlogits[masked].isfinite().all()
+    assert loss[masked].isinf() if label_smoothing else loss[masked].isfinite()
+
+
+@pytest.mark.parametrize("fused", (False, True))
+def test_ignored_rows_have_lse_but_no_gradient(fused: bool) -> None:
+    p = problem([[1.0, 2.0], [math.nan, 0.0], [0.0, 0.0]], [0, 0, 1])._replace(ignore_index=0)
+    dlogits = torch.full_like(p.logits, math.nan)
+    loss, lse = forward(p, torch.ones(3), dlogits if fused else None)
+    if not fused:
+        backward(p, lse, torch.ones(3), torch.zeros(3), dlogits)
+    assert loss[:2].tolist() == [0.0, 0.0] and lse[1].isnan()
+    assert lse[0].item() == pytest.approx(math.log(math.e + math.e**2))
+    torch.testing.assert_close(dlogits, torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.5, -0.5]]))
+
+
+def test_the_gradient_of_lse_reaches_ignored_rows() -> None:
+    p = problem([[1.0, 2.0, 3.0]], [-100])
+    dlogits = backward(p, forward(p)[1], torch.ones(1), torch.tensor([2.0]))
+    torch.testing.assert_close(dlogits, 2 * torch.softmax(p.logits, -1))
+
+
+def test_one_row_may_stand_for_all() -> None:
+    p = CrossEntropyProblem(torch.randn(1, 70).expand(9, 70), torch.arange(9))
+    loss, lse = forward(p)
+    dlogits = backward(p, lse, torch.ones(9), dlogits=torch.empty(9, 70))
+    expected = torch.softmax(p.logits, -1) - torch.eye(9, 70)
+    torch.testing.assert_close(dlogits, expected)
+    torch.testing.assert_close(loss, lse - p.logits[0, :9])
+
+
+@pytest.mark.parametrize("isa", cpu_isa.others())
+def test_every_instruction_set_passes_these_tests(isa: str) -> None:
+    cpu_isa.run_file(__file__, isa, "not instruction_set")
