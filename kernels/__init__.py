@@ -1,7 +1,7 @@
 """Triton kernels; installed and imported as `fastattn.kernels`.
 
-With the repository's root on sys.path this folder would also answer to `import kernels`, which is the name of Hugging
-Face's package: then it steps aside for the real one, or for nothing.
+With the repository's root on sys.path this folder would also answer to `import kernels`, which is
+the name of Hugging Face's package: then it steps aside for the real one, or passes for absent.
 """
 
 if __name__ == "kernels":
@@ -13,7 +13,8 @@ if __name__ == "kernels":
     _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     _others = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _root]
     _spec = importlib.machinery.PathFinder.find_spec("kernels", _others)
-    if _spec is None or _spec.loader is None:
-        raise ImportError("no package named 'kernels' is installed; fastattn's is fastattn.kernels")
-    sys.modules["kernels"] = _module = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(_module)
+    if _spec is not None and _spec.loader is not None:
+        sys.modules["kernels"] = _module = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(_module)
+    else:  # transformers can't bear an ImportError here; what has no file it takes for absent
+        __file__ = None  # type: ignore[assignment]
