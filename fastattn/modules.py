@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention, attention_decode
+from .attention import attention
+from .decode import attention_decode
 
 NormName = Literal["layernorm", "rmsnorm"]
 MLPName = Literal["gelu", "relu2", "swiglu"]
@@ -102,7 +103,7 @@ class KVCache:
         self.length += tokens
 
     def truncate(self, lengths: list[int]) -> None:
-        """Forgets what row b holds behind its first lengths[b] tokens: padding, or a wrong guess."""
+        """Forgets what row b holds behind its first lengths[b] tokens, such as padding."""
         self.seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
         self.length = max(lengths)
 
@@ -171,7 +172,7 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm or rotation is not None:
             qk, v = qkv.split((H_q + H_k, H_k), dim=2)
             if self.qk_norm:
-                qk = F.rms_norm(qk, (self.head_dim,))
+                qk = F.rms_norm(qk, (self.head_dim,)).type_as(v)
             if rotation is not None:
                 qk = rotate(qk, rotation)
             q, k = qk.split((H_q, H_k), dim=2)
@@ -242,3 +243,10 @@ class MLP(nn.Module):
 def default_n_inner(name: MLPName, n_embd: int) -> int:
     """4 C; for swiglu 8/3 C, which has the same parameters, rounded up to a multiple of 32."""
     return 32 * math.ceil(n_embd / 12) if name == "swiglu" else 4 * n_embd
+
+
+def check_tokens(idx: Tensor) -> None:
+    """Raises TypeError unless idx is (B, T) int64."""
+    if not isinstance(idx, Tensor) or idx.dim() != 2 or idx.dtype != torch.int64:
+        got = f"{idx.dtype} {tuple(idx.shape)}" if isinstance(idx, Tensor) else type(idx).__name__
+        raise TypeError(f"idx must be a (B, T) int64 tensor of token ids, got {got}")
