@@ -3,11 +3,11 @@
 from . import ops as _ops  # registers torch.ops.fastattn.*
 from .attention import (
     attention,
-    attention_decode,
     attention_varlen,
     explain,
     scaled_dot_product_attention,
 )
+from .decode import attention_decode
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
 
 __version__ = "0.1.0"

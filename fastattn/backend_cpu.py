@@ -1,4 +1,4 @@
-"""The CPU kernels' row in the backend table: allocates outputs and calls the private ops of `_C`."""
+"""The CPU kernels' row in the backend table: allocates outputs, calls the private ops of `_C`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import library
+from .backends import Problem
 from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
 from .rotary import rotate_queries
 
@@ -16,7 +17,7 @@ def unusable() -> str | None:
     return library.load_error()
 
 
-def refuses(p: AttentionProblem | DecodeProblem | CrossEntropyProblem) -> str | None:
+def refuses(p: Problem) -> str | None:
     first = p[0]
     if first.device.type != "cpu":
         return f"the tensors are on {first.device}, not the CPU"
@@ -34,18 +35,28 @@ def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def attn_bwd(
-    p: AttentionProblem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, deterministic: bool
+    p: AttentionProblem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Deterministic either way."""
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     dq, dk, dv = (t.new_empty(t.shape) for t in (p.q, p.k, p.v))
-    dbias = None if p.bias is None else p.bias.new_zeros(p.bias.shape, dtype=torch.float32)
-    dsinks = None if p.sinks is None else torch.zeros_like(p.sinks)
+    dbias = dsinks = None
+    if p.bias is not None:
+        dbias = p.bias.new_zeros(p.bias.shape, dtype=torch.float32)
+    if p.sinks is not None:
+        dsinks = p.sinks.new_zeros(p.sinks.shape)
     if dlse is not None and dlse.stride(-1) != 1:
         dlse = dlse.contiguous()
     torch.ops.fastattn_C.attn_bwd(*p, out, lse, dout, dlse, dq, dk, dv, dbias, dsinks)
-    return dq, dk, dv, None if dbias is None else dbias.to(p.bias.dtype), dsinks
+    if p.bias is not None and dbias is not None:
+        dbias = dbias.to(p.bias.dtype)
+    return dq, dk, dv, dbias, dsinks
 
 
 def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
@@ -69,14 +80,23 @@ def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
 def cross_entropy_fwd(
     p: CrossEntropyProblem, dloss: Tensor | None, dlogits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss and lse a row; with dlogits (which may be the logits) also dloss · ∂loss, in the same pass."""
-    loss = torch.empty(p.logits.shape[0], dtype=torch.float32)
+    """Loss and lse a row; with dlogits (may be the logits) dloss · ∂loss too, in the same pass."""
+    loss = p.logits.new_empty(p.logits.shape[:1], dtype=torch.float32)
     lse = torch.empty_like(loss)
     torch.ops.fastattn_C.cross_entropy_fwd(*p, dloss, loss, lse, dlogits)
     return loss, lse
 
 
-def cross_entropy_bwd(p: CrossEntropyProblem, lse: Tensor, dloss: Tensor, dlse: Tensor | None) -> Tensor:
-    dlogits = p.logits.new_empty(p.logits.shape)
+def cross_entropy_bwd(
+    p: CrossEntropyProblem,
+    lse: Tensor,
+    dloss: Tensor,
+    dlse: Tensor | None,
+    dlogits: Tensor | None = None,
+) -> Tensor:
+    """dloss · ∂loss + dlse · ∂lse; written to dlogits (may be the logits) if given."""
+    if dlogits is None:
+        dlogits = p.logits.new_empty(p.logits.shape)
+    dlse = None if dlse is None else dlse.contiguous()  # (lse.sum()).backward() sends stride 0
     torch.ops.fastattn_C.cross_entropy_bwd(*p, lse, dloss, dlse, dlogits)
     return dlogits

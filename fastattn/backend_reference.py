@@ -5,33 +5,53 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from .backends import Problem
+from .problem import AttentionProblem, CrossEntropyProblem
 
 
 def unusable() -> None:
     return None
 
 
-def refuses(p: AttentionProblem | DecodeProblem | CrossEntropyProblem) -> None:
+def refuses(p: Problem) -> None:
     return None
 
 
 attn_fwd = reference.attention
 attn_decode = reference.attention_decode
-cross_entropy_bwd = reference.cross_entropy_backward
 
 
 def attn_bwd(
-    p: AttentionProblem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, deterministic: bool
+    p: AttentionProblem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    return reference.attention_backward(p, out, lse, dout, dlse)
+    """Contiguous gradients, as every backend's: compiled graphs rely on the strides."""
+    grads = reference.attention_backward(p, out, lse, dout, dlse)
+    return tuple(None if g is None else g.contiguous() for g in grads)  # type: ignore[return-value]
 
 
 def cross_entropy_fwd(
     p: CrossEntropyProblem, dloss: Tensor | None, dlogits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Loss and lse a row; with dlogits (may be the logits) dloss · ∂loss too."""
     loss, lse = reference.cross_entropy(p)
     if dlogits is not None:
         assert dloss is not None
         dlogits.copy_(reference.cross_entropy_backward(p, lse, dloss.expand(loss.shape), None))
     return loss, lse
+
+
+def cross_entropy_bwd(
+    p: CrossEntropyProblem,
+    lse: Tensor,
+    dloss: Tensor,
+    dlse: Tensor | None,
+    dlogits: Tensor | None = None,
+) -> Tensor:
+    """dloss · ∂loss + dlse · ∂lse; copied to dlogits (may be the logits) if given."""
+    gradient = reference.cross_entropy_backward(p, lse, dloss, dlse)
+    return gradient if dlogits is None else dlogits.copy_(gradient)

@@ -1,7 +1,8 @@
 """The backend table: who can compute a problem, in order of preference, and why the others can't.
 
-Nothing falls back in silence: a backend asked for by name (argument or FASTATTN_BACKEND) runs or raises with its reason; the
-automatic choice goes down the table, `explain` shows how, and landing on the reference where kernels were missing warns once.
+Nothing falls back in silence: a backend asked for by name (argument or FASTATTN_BACKEND) runs or
+raises with its reason; the automatic choice goes down the table, `explain` shows how, and landing
+on the reference where kernels were missing warns once.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from .problem import (
+    AttentionProblem,
+    CrossEntropyProblem,
+    DecodeProblem,
+    LinearCrossEntropyProblem,
+)
 
-Problem = AttentionProblem | DecodeProblem | CrossEntropyProblem
+Problem = AttentionProblem | DecodeProblem | CrossEntropyProblem | LinearCrossEntropyProblem
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,7 +51,9 @@ class Backend(NamedTuple):
         return self._load().attn_fwd
 
     @property
-    def attn_bwd(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
+    def attn_bwd(
+        self,
+    ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
         return self._load().attn_bwd
 
     @property
@@ -85,7 +93,7 @@ def choose(p: Problem, backend: str | None) -> Backend:
         if (reason := row.refuses(p)) is not None:
             raise RuntimeError(f"backend={name!r} can't take this problem: {reason}")
         return row
-    refusals = []
+    refusals: list[str] = []
     for row in TABLE:
         if (reason := row.refuses(p)) is None:
             if row.name == "reference" and p[0].dtype in KERNEL_DTYPES:
@@ -98,8 +106,8 @@ def choose(p: Problem, backend: str | None) -> Backend:
 @functools.cache
 def _warn_once(refusals: str) -> None:
     warnings.warn(
-        f"fastattn runs on its slow reference path, since no kernel takes this problem ({refusals}). "
-        "Ask for it with backend='reference' to silence this.",
+        f"fastattn runs on its slow reference path: no kernel takes this problem ({refusals})."
+        " Ask for it with backend='reference' to silence this.",
         stacklevel=2,
     )
 

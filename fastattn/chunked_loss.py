@@ -1,8 +1,9 @@
-"""Linear cross-entropy in chunks of rows: logits = x Wᵀ + b for a few hundred rows at a time, in one reused buffer.
+"""Linear cross-entropy in chunks: logits = x Wᵀ + b for a few hundred rows, in one reused buffer.
 
-The matrix products are torch's, the step between them the backend's cross-entropy kernel, which leaves the logits' gradient in
-the logits' place. Everything is computed in fp32 whatever the inputs' dtype: without matrix units the fp32 product is the faster
-one on CPUs (measured twice as fast as bf16's), and W's gradient needs fp32 sums anyway.
+The matrix products are torch's, the step between them the backend's cross-entropy kernel, which
+leaves the logits' gradient in the logits' place. Everything is computed in fp32 whatever the
+inputs' dtype: without matrix units the fp32 product is the faster one on CPUs (measured twice as
+fast as bf16's), and W's gradient needs fp32 sums anyway.
 """
 
 from __future__ import annotations
@@ -14,37 +15,22 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .problem import CrossEntropyProblem
+from .problem import LinearCrossEntropyProblem
 
-# Logits held at a time. 128 MiB is 667 rows of a 50,257 vocabulary: enough for the products to run at full speed (256 rows cost
-# several percent there), and a fifth of what one 1,024-token sequence takes with plain cross-entropy.
+# Logits held at a time. 128 MiB is 667 rows of a 50,257 vocabulary: enough for the products to run
+# at full speed (256 rows cost several percent there), and less than two thirds of what one
+# 1,024-token sequence takes with plain cross-entropy.
 WORKSPACE_BYTES = 128 << 20
 
 
-class LinearCrossEntropyProblem(NamedTuple):
-    x: Tensor  # (N, C)
-    linear_weight: Tensor  # (V, C)
-    linear_bias: Tensor | None  # (V,)
-    target: Tensor  # (N,) int64
-    weight: Tensor | None = None  # (V,) fp32
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float = 0.0
-
-    def loss_problem(self, logits: Tensor, rows: slice) -> CrossEntropyProblem:
-        return CrossEntropyProblem(logits, self.target[rows], **self.loss_options())
-
-    def loss_options(self) -> dict:
-        return dict(zip(self._fields[4:], self[4:], strict=True))
-
-
-def forward(p: LinearCrossEntropyProblem, workspace_bytes: int, backend: str | None) -> tuple[Tensor, Tensor]:
+def forward(
+    p: LinearCrossEntropyProblem, workspace_bytes: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
     """(loss, lse), both (N,) fp32."""
+    row = backends.choose(p, backend)
     losses, lses = [], []
-    for rows, logits, _ in _chunks(p, p.linear_weight.float(), workspace_bytes):
-        problem = p.loss_problem(logits, rows)
-        loss, lse = backends.choose(problem, backend).cross_entropy_fwd(problem, None, None)
+    for chunk in _chunks(p, workspace_bytes):
+        loss, lse = row.cross_entropy_fwd(p.of_logits(chunk.logits, chunk.rows), None, None)
         losses.append(loss)
         lses.append(lse)
     return torch.cat(losses), torch.cat(lses)
@@ -55,6 +41,7 @@ def forward_backward(
     scale: Tensor,
     want_dx: bool,
     want_dw: bool,
+    want_dbias: bool,
     workspace_bytes: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,12 +49,13 @@ def forward_backward(
 
     dw and dbias are fp32, dx is of dx_dtype(x).
     """
-    gradients = _Gradients(p, want_dx, want_dw, dx_dtype(p.x))
+    row = backends.choose(p, backend)
+    gradients = _Gradients(p, want_dx, want_dw, want_dbias, dx_dtype(p.x))
     total = torch.zeros((), dtype=torch.float32, device=p.x.device)
-    for rows, logits, x in _chunks(p, gradients.weight, workspace_bytes):
-        problem = p.loss_problem(logits, rows)
-        loss, _ = backends.choose(problem, backend).cross_entropy_fwd(problem, scale, logits)
-        gradients.add(rows, logits, x)
+    for chunk in _chunks(p, workspace_bytes):
+        problem = p.of_logits(chunk.logits, chunk.rows)
+        loss, _ = row.cross_entropy_fwd(problem, scale, chunk.logits)
+        gradients.add(chunk)
         total += loss.sum()
     return total * scale, gradients.dx, gradients.dw, gradients.dbias
 
@@ -81,56 +69,71 @@ def backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, dbias for rowwise upstream gradients; dbias is empty without a bias."""
-    gradients = _Gradients(p, True, True, p.x.dtype)
-    for rows, logits, x in _chunks(p, gradients.weight, workspace_bytes):
-        problem = p.loss_problem(logits, rows)
+    row = backends.choose(p, backend)
+    gradients = _Gradients(p, True, True, p.linear_bias is not None, p.x.dtype)
+    for chunk in _chunks(p, workspace_bytes):
+        problem, rows = p.of_logits(chunk.logits, chunk.rows), chunk.rows
         upstream = (dloss[rows], None if dlse is None else dlse[rows])
-        dlogits = backends.choose(problem, backend).cross_entropy_bwd(problem, lse[rows], *upstream)
-        gradients.add(rows, dlogits, x)
-    return gradients.dx, gradients.dw.to(p.linear_weight.dtype), gradients.dbias.to(p.linear_weight.dtype)
+        row.cross_entropy_bwd(problem, lse[rows], *upstream, chunk.logits)
+        gradients.add(chunk)
+    dtype = p.linear_weight.dtype
+    return gradients.dx, gradients.dw.to(dtype), gradients.dbias.to(dtype)
 
 
 def dx_dtype(x: Tensor) -> torch.dtype:
-    """x's own, but fp32 for fp16: before the caller's loss scaling its gradients would underflow."""
+    """x's own; fp32 for fp16, whose gradients may underflow before the caller's loss scaling."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-def _chunks(
-    p: LinearCrossEntropyProblem, weight: Tensor, workspace_bytes: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their fp32 logits, their fp32 x) by the fp32 weight: chunks of about equal size, each overwriting the last one's logits."""
+class _Chunk(NamedTuple):
+    rows: slice
+    x: Tensor  # (rows, C) fp32
+    weight: Tensor  # (V, C) fp32
+    logits: Tensor  # (rows, V) fp32; the next chunk overwrites them
+
+
+def _chunks(p: LinearCrossEntropyProblem, workspace_bytes: int) -> Iterator[_Chunk]:
+    """The problem's rows in chunks of about equal size; one chunk of no rows if it has none."""
     n, vocab = p.x.shape[0], p.linear_weight.shape[0]
     most = max(1, workspace_bytes // (4 * max(vocab, 1)))
-    count = max(1, -(-n // most))
-    chunk = -(-n // count)
-    buffer = torch.empty((chunk, vocab), dtype=torch.float32, device=p.x.device)
-    for start in range(0, max(n, 1), max(chunk, 1)):
-        rows = slice(start, min(start + chunk, n))
+    size = -(-n // max(1, -(-n // most)))
+    weight = p.linear_weight.float()
+    buffer = p.x.new_empty((size, vocab), dtype=torch.float32)
+    for start in range(0, max(n, 1), max(size, 1)):
+        rows = slice(start, min(start + size, n))
         x = p.x[rows].float()
         logits = torch.mm(x, weight.t(), out=buffer[: x.shape[0]])
         if p.linear_bias is not None:
             logits += p.linear_bias
-        yield rows, logits, x
+        yield _Chunk(rows, x, weight, logits)
 
 
 class _Gradients:
-    """Sums dlogits' contributions to the three gradients."""
+    """Sums the chunks' contributions to the three gradients, fp32 but for dx."""
 
-    def __init__(self, p: LinearCrossEntropyProblem, want_dx: bool, want_dw: bool, dx_dtype: torch.dtype):
-        self.weight = p.linear_weight.float()
-        self.want_dx, self.want_dw, self.want_dbias = want_dx, want_dw, want_dw and p.linear_bias is not None
+    def __init__(
+        self,
+        p: LinearCrossEntropyProblem,
+        want_dx: bool,
+        want_dw: bool,
+        want_dbias: bool,
+        dx_dtype: torch.dtype,
+    ):
+        self.want_dx, self.want_dw, self.want_dbias = want_dx, want_dw, want_dbias
         self.first = True
+        vocab, channels = p.linear_weight.shape
         self.dx = p.x.new_empty(p.x.shape if want_dx else (0,), dtype=dx_dtype)
-        self.dw = p.x.new_empty(p.linear_weight.shape if want_dw else (0,), dtype=torch.float32)
-        vocab = p.linear_weight.shape[0]
-        self.dbias = p.x.new_zeros((vocab,) if self.want_dbias else (0,), dtype=torch.float32)
+        self.dw = p.x.new_empty((vocab, channels) if want_dw else (0,), dtype=torch.float32)
+        self.dbias = p.x.new_zeros((vocab,) if want_dbias else (0,), dtype=torch.float32)
 
-    def add(self, rows: slice, dlogits: Tensor, x: Tensor) -> None:
+    def add(self, chunk: _Chunk) -> None:
+        """`chunk.logits` hold their gradient by now."""
+        rows, x, weight, dlogits = chunk
         if self.want_dx:
             if self.dx.dtype == torch.float32:
-                torch.mm(dlogits, self.weight, out=self.dx[rows])
+                torch.mm(dlogits, weight, out=self.dx[rows])
             else:
-                self.dx[rows] = torch.mm(dlogits, self.weight)
+                self.dx[rows] = torch.mm(dlogits, weight)
         if self.want_dw:  # beta = 0 on the first chunk ignores what the fresh memory holds
             torch.addmm(self.dw, dlogits.t(), x, beta=0 if self.first else 1, out=self.dw)
         if self.want_dbias:

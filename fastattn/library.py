@@ -19,8 +19,8 @@ def load_error() -> str | None:
     candidates = [Path(named).resolve()] if named else sorted(Path(__file__).parent.glob("_C*.so"))
     if not candidates:
         return (
-            "fastattn/_C*.so is missing: the package was installed without its kernels (install torch and a C++17 "
-            "compiler first, then `pip install --no-build-isolation`)"
+            "fastattn/_C*.so is missing: the package was installed without its kernels"
+            " (install torch and a C++17 compiler, then `pip install --no-build-isolation`)"
         )
     try:
         torch.ops.load_library(str(candidates[0]))

@@ -1,17 +1,21 @@
-"""Cross-entropy on logits, and fused with the last linear layer so that the logits never exist as a whole.
+"""Cross-entropy on logits, and fused with the last linear layer so that they never exist whole.
 
-Semantics are torch.nn.functional's for class-index targets; fastattn/reference.py states the formula. The loss is fp32.
+Semantics are torch.nn.functional's for class-index targets; fastattn/reference.py states the
+formula. The loss is fp32 (fp64 for fp64 input).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import chunked_loss, reference, validate
-from .attention import NO_SECOND_BACKWARD, vmap_by_loop
+from .attention import autocast, last_stride_one
+from .autograd import FusedFunction, gradient_function
 from .backends import requested
-from .problem import CrossEntropyProblem
+from .problem import CrossEntropyProblem, LinearCrossEntropyProblem
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -33,51 +37,53 @@ def cross_entropy(
     """`torch.nn.functional.cross_entropy` for class indices, in one pass over the logits.
 
     Args:
-        input: (…, V) logits, float16, bfloat16, float32 (float64: reference). The class is the last dimension.
+        input: (…, V) logits, float16, bfloat16, float32 (float64: reference). The class is the last
+            dimension.
         target: (…) int64, each `ignore_index` or in [0, V).
-        weight: (V,) weight of each class.
-        reduction: "mean" divides by the number of targets not ignored (by the sum of their weights), "sum", or "none".
+        weight: (V,) weight of each class. A constant: it gets no gradient.
+        reduction: "mean" divides by the number of targets not ignored (by the sum of their
+            weights), "sum", or "none".
         label_smoothing: in [0, 1].
         z_loss: adds z_loss · lse² to each row's loss (not multiplied by the class weight).
         softcap: if > 0, logits become softcap · tanh(logits / softcap).
         return_lse: also return the rows' log-sum-exp (…), fp32, differentiable.
-        inplace: the gradient takes the logits' memory, and is computed in the forward pass: `input` is overwritten. Needs
-            reduction "mean" or "sum" and no `return_lse`. Under torch.compile it has no effect.
+        inplace: where a gradient will be wanted, compute it in the forward pass and leave it in the
+            logits' memory: `input` is overwritten, and there is one backward pass. Needs reduction
+            "mean" or "sum" and no `return_lse`. No effect on the reference or under torch.compile.
 
     Returns:
-        The loss in fp32: a scalar, or (…) for reduction "none". Ignored rows have loss 0 and gradient 0; the mean over no
-        valid row is NaN with gradient 0, as torch's.
+        The loss in fp32: a scalar, or (…) for reduction "none". Ignored rows have loss 0 and
+        gradient 0; the mean over no valid row is NaN with gradient 0, as torch's.
 
     Raises:
-        TypeError, ValueError: bad argument. IndexError: a target out of range (on the CPU; a device assert elsewhere).
-        RuntimeError: the requested backend can't take the problem, or a second backward was asked of a fused backend.
+        TypeError, ValueError: bad argument. IndexError: a target out of range (on the CPU; a device
+            assert elsewhere).
+        RuntimeError: the requested backend can't take the problem, or a second backward was asked
+            of a fused backend.
     """
-    validate.tensor("input", input)
-    if input.dim() < 1:
+    if validate.tensor("input", input).dim() < 1:
         raise ValueError("input must have at least the class dimension, got a scalar")
     validate.same_dtype_and_device(input=input)
-    vocab = input.shape[-1]
-    _check_target(input.shape[:-1], target, vocab, ignore_index, input.device)
+    vocab, shape = input.shape[-1], input.shape[:-1]
+    _check_target(shape, target, input.device)
+    options = _options(
+        input, vocab, reduction, weight, ignore_index, label_smoothing, z_loss, softcap
+    )
     if inplace and (reduction == "none" or return_lse):
         raise ValueError("inplace needs reduction 'mean' or 'sum' and no return_lse")
-    logits = input.reshape(-1, vocab)
-    if vocab > 1 and logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    p = CrossEntropyProblem(
-        logits, target.reshape(-1).contiguous(), *_options(weight, vocab, ignore_index, label_smoothing, z_loss,
-                                                           softcap, reduction, input.device)
-    )  # fmt: skip
+    logits = last_stride_one(input.reshape(-1, vocab))
+    p = CrossEntropyProblem(logits, target.reshape(-1).contiguous(), **options)
+    scale = None if reduction == "none" else _row_scale(p.target, reduction, options, input.dtype)
     name = requested(backend)
     if name == "reference" or (name is None and input.dtype == torch.float64):
+        validate.targets(p.target, vocab, ignore_index)
         loss, lse = reference.cross_entropy(p)
-    elif inplace and not torch.compiler.is_compiling():
-        if logits.data_ptr() != input.data_ptr():
-            raise ValueError("inplace needs logits that can be viewed as (N, V) with last stride 1")
-        return CrossEntropyInplaceFunction.apply(*p, _row_scale(p, reduction), name)
+    elif inplace and _wants_gradient(input) and not torch.compiler.is_compiling():
+        _check_overwritable(input, logits)
+        return CrossEntropyInplaceFunction.apply(*p, scale, name)
     else:
         loss, lse = CrossEntropyFunction.apply(*p, name)
-    shape = input.shape[:-1]
-    reduced = loss.view(shape) if reduction == "none" else loss.sum() * _row_scale(p, reduction).to(loss.dtype)
+    reduced = loss.view(shape) if scale is None else loss.sum() * scale
     return (reduced, lse.view(shape)) if return_lse else reduced
 
 
@@ -97,52 +103,59 @@ def linear_cross_entropy(
     workspace_bytes: int = chunked_loss.WORKSPACE_BYTES,
     backend: str | None = None,
 ):
-    """cross_entropy(input @ linear_weightᵀ + linear_bias, target) without the logits: rows go through in chunks.
+    """cross_entropy(input @ linear_weightᵀ + linear_bias, target), by chunks of rows.
 
-    For "mean" and "sum" without `return_lse` the gradients are computed along with the loss, chunk by chunk: three matrix
-    products, as without chunking. Otherwise the backward pass recomputes the logits. The weight's gradient accumulates in fp32.
+    The logits never exist as a whole. For "mean" and "sum" without `return_lse` the gradients are
+    computed along with the loss: three matrix products, as without chunks. Otherwise the backward
+    pass recomputes the logits. They and the sums of the weight's gradient are always fp32.
 
     Args:
-        input: (…, C); linear_weight: (V, C); linear_bias: (V,), all of one dtype (under autocast they are cast to its dtype).
+        input: (…, C); linear_weight: (V, C); linear_bias: (V,), all of one dtype (under autocast
+            they are cast to its dtype).
         target: (…) int64, each `ignore_index` or in [0, V).
-        workspace_bytes: at most this much memory holds logits at a time, as fp32 (but at least one row).
-        The rest, the result and what is raised is as in `cross_entropy`. Argument names are torch 2.13's.
+        workspace_bytes: at most this much memory holds logits at a time (but at least one row).
+            The reference holds them all.
+        The rest, the result and what is raised is as in `cross_entropy`. Argument names are torch
+        2.13's.
     """
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
-        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
-    validate.tensor("linear_weight", linear_weight, 2)
-    validate.tensor("input", input)
-    vocab, channels = linear_weight.shape
-    if input.dim() < 1 or input.shape[-1] != channels:
-        raise ValueError(f"input {tuple(input.shape)} must end in linear_weight's {channels} columns")
-    if linear_bias is not None and tuple(validate.tensor("linear_bias", linear_bias).shape) != (vocab,):
-        raise ValueError(f"linear_bias must have shape ({vocab},), got {tuple(linear_bias.shape)}")
-    validate.same_dtype_and_device(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
-    _check_target(input.shape[:-1], target, vocab, ignore_index, input.device)
-    if workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes must be > 0, got {workspace_bytes}")
-    x, shape = input.reshape(-1, channels), input.shape[:-1]
-    options = _options(weight, vocab, ignore_index, label_smoothing, z_loss, softcap, reduction, input.device)
-    p = chunked_loss.LinearCrossEntropyProblem(x, linear_weight, linear_bias, target.reshape(-1).contiguous(), *options)
-    name = requested(backend)
-    scale = None if reduction == "none" else _row_scale(p, reduction)
-    if name == "reference" or (name is None and input.dtype == torch.float64):
-        loss, lse = reference.linear_cross_entropy(
-            x, linear_weight, p.target, linear_bias=linear_bias, **p.loss_options()
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    vocab, channels = validate.tensor("linear_weight", linear_weight, 2).shape
+    if validate.tensor("input", input).dim() < 1 or input.shape[-1] != channels:
+        raise ValueError(
+            f"input {tuple(input.shape)} must end in linear_weight's {channels} columns"
         )
-    elif scale is not None and not return_lse and torch.is_grad_enabled() and _any_requires_grad(p):
-        want_dx, want_dw = p.x.requires_grad, p.linear_weight.requires_grad or linear_bias is not None
-        return LinearCrossEntropyScalarFunction.apply(*p, scale, want_dx, want_dw, workspace_bytes, name)[0]
+    if linear_bias is not None and validate.tensor("linear_bias", linear_bias).shape != (vocab,):
+        raise ValueError(f"linear_bias must have shape ({vocab},), got {tuple(linear_bias.shape)}")
+    validate.same_dtype_and_device(
+        input=input, linear_weight=linear_weight, linear_bias=linear_bias
+    )
+    shape = input.shape[:-1]
+    _check_target(shape, target, input.device)
+    options = _options(
+        input, vocab, reduction, weight, ignore_index, label_smoothing, z_loss, softcap
+    )
+    if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes must be an integer > 0, got {workspace_bytes!r}")
+    linear = (input.reshape(-1, channels), linear_weight, linear_bias)
+    p = LinearCrossEntropyProblem(*linear, target.reshape(-1).contiguous(), **options)
+    scale = None if reduction == "none" else _row_scale(p.target, reduction, options, input.dtype)
+    name = requested(backend)
+    if name == "reference" or (name is None and input.dtype == torch.float64):
+        validate.targets(p.target, vocab, ignore_index)
+        loss, lse = reference.linear_cross_entropy(
+            p.x, linear_weight, p.target, linear_bias=linear_bias, **options
+        )
+    elif scale is not None and not return_lse and _wants_gradient(*linear):
+        wanted = (t is not None and t.requires_grad for t in linear)
+        return LinearCrossEntropyScalarFunction.apply(*p, scale, *wanted, workspace_bytes, name)[0]
     else:
         loss, lse = LinearCrossEntropyFunction.apply(*p, workspace_bytes, name)
-    reduced = loss.view(shape) if scale is None else loss.sum() * scale.to(loss.dtype)
+    reduced = loss.view(shape) if scale is None else loss.sum() * scale
     return (reduced, lse.view(shape)) if return_lse else reduced
 
 
 class CrossEntropyLoss(nn.Module):
-    """`cross_entropy` as a module; arguments as there. Takes torch.nn.CrossEntropyLoss's place for logits (…, V)."""
+    """`cross_entropy` as a module: torch.nn.CrossEntropyLoss, but for logits (…, V)."""
 
     def __init__(
         self,
@@ -157,14 +170,16 @@ class CrossEntropyLoss(nn.Module):
     ):
         super().__init__()
         self.register_buffer("weight", weight)
-        self.options = dict(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            backend=backend,
-        )
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "backend": backend,
+        }
+
+    weight: Tensor | None
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(input, target, self.weight, **self.options)
@@ -174,71 +189,105 @@ class LinearCrossEntropyLoss(nn.Module):
     """A linear layer (V, C) and `linear_cross_entropy` on it; keyword options as there."""
 
     def __init__(
-        self, in_features: int, num_classes: int, *, bias: bool = False, device=None, dtype=None, **options
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        **options: Any,
     ):
         super().__init__()
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
         self.options = options
 
+    weight: Tensor | None
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        w, b = self.linear.weight, self.linear.bias
         return linear_cross_entropy(
-            input, self.linear.weight, target, linear_bias=self.linear.bias, **self.options
+            input, w, target, linear_bias=b, weight=self.weight, **self.options
         )
 
 
-def _check_target(
-    shape: torch.Size, target: Tensor, vocab: int, ignore_index: int, device: torch.device
-) -> None:
-    validate.tensor("target", target)
-    if target.dtype != torch.int64:
+# ---- arguments ----
+
+
+def _check_target(shape: torch.Size, target: Tensor, device: torch.device) -> None:
+    if validate.tensor("target", target).dtype != torch.int64:
         raise TypeError(f"target must be int64 class indices, got {target.dtype}")
     if target.shape != shape:
         raise ValueError(f"target must have shape {tuple(shape)}, got {tuple(target.shape)}")
-    if target.device != device:
-        raise ValueError(f"target is on {target.device} but input is on {device}; they must be the same")
-    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
-        bad = (target != ignore_index) & ((target < 0) | (target >= vocab))
-        if bool(bad.any()):
-            raise IndexError(f"target {int(target[bad][0])} is out of range for {vocab} classes")
+    validate.same_device("target", target, "input", device)
 
 
-def _options(weight, vocab, ignore_index, label_smoothing, z_loss, softcap, reduction, device) -> tuple:
-    """The problem's fields after the target."""
+def _options(
+    input: Tensor,
+    vocab: int,
+    reduction: str,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> dict[str, Any]:
+    """The fields both loss problems share, checked."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     if weight is not None:
-        validate.tensor("weight", weight, 1)
-        if tuple(weight.shape) != (vocab,) or not weight.is_floating_point() or weight.device != device:
+        if validate.tensor("weight", weight).shape != (vocab,) or not weight.is_floating_point():
             raise ValueError(
-                f"weight must be floating point of shape ({vocab},) on {device}, got {weight.dtype} "
-                f"{tuple(weight.shape)} on {weight.device}"
+                f"weight must be floating point of shape ({vocab},), got {weight.dtype}"
+                f" {tuple(weight.shape)}"
             )
-        weight = (weight if weight.dtype == torch.float64 else weight.float()).detach().contiguous()
-    return (
-        weight,
-        ignore_index,
-        validate.number("label_smoothing", label_smoothing, 0, 1),
-        validate.number("z_loss", z_loss, 0),
-        validate.number("softcap", softcap, 0),
-    )
+        validate.same_device("weight", weight, "input", input.device)
+        weight = weight.detach().to(validate.accumulator_dtype(input)).contiguous()
+    return {
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "label_smoothing": validate.number("label_smoothing", label_smoothing, 0, 1),
+        "z_loss": validate.number("z_loss", z_loss, 0),
+        "softcap": validate.number("softcap", softcap, 0),
+    }
 
 
-def _any_requires_grad(p: chunked_loss.LinearCrossEntropyProblem) -> bool:
-    return any(t is not None and t.requires_grad for t in p[:3])
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _row_scale(p, reduction: str) -> Tensor:
-    """() fp32: what each row's loss is multiplied by; inf for a mean over no valid row, which times its sum 0 is NaN."""
+def _check_overwritable(input: Tensor, logits: Tensor) -> None:
+    """The (N, V) logits are the input's own memory, and their rows don't overlap."""
+    n, vocab = logits.shape
+    shared = logits.data_ptr() == input.data_ptr()
+    if not shared or (n > 1 and logits.stride(0) < vocab):
+        raise ValueError(
+            "inplace needs logits that can be viewed as (N, V) rows of their own memory, got shape"
+            f" {tuple(input.shape)} with strides {input.stride()}"
+        )
+
+
+def _row_scale(target: Tensor, reduction: str, options: dict, dtype: torch.dtype) -> Tensor:
+    """(): the factor of each row's loss. Over no valid row a mean's is inf, and 0 · inf is NaN."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if reduction == "sum":
-        return torch.ones((), device=p.target.device)
-    valid = p.target != p.ignore_index
-    if p.weight is None:
-        return 1.0 / valid.sum().float()
-    return 1.0 / p.weight[p.target.where(valid, 0)].where(valid, 0.0).sum().float()
+        return torch.ones((), dtype=dtype, device=target.device)
+    valid = target != options["ignore_index"]
+    if (weight := options["weight"]) is None:
+        return 1 / valid.sum(dtype=dtype)
+    safe = target.where(valid, 0).clamp(0, weight.shape[0] - 1)  # the operator reports bad targets
+    return 1 / weight[safe].where(valid, 0.0).sum()
 
 
-class CrossEntropyFunction(torch.autograd.Function):
-    """(loss, lse) rows; the gradient is made from lse in the backward pass, in fresh memory."""
+# ---- autograd ----
+
+
+class CrossEntropyFunction(FusedFunction):
+    """(loss, lse) rows; the gradient is made in the backward pass, in fresh memory."""
 
     @staticmethod
     def forward(*args):
@@ -246,8 +295,7 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, weight, *options, ctx.backend = inputs
-        ctx.options = options
+        logits, target, weight, *ctx.options, ctx.backend = inputs
         ctx.save_for_backward(logits, target, weight, output[1])
         ctx.set_materialize_grads(False)
 
@@ -256,52 +304,41 @@ class CrossEntropyFunction(torch.autograd.Function):
         logits, target, weight, lse = ctx.saved_tensors
         if dloss is None:
             dloss = torch.zeros_like(lse)
-        args = (logits, target, weight, *ctx.options, lse, dloss, dlse, ctx.backend)
-        if torch.is_grad_enabled():
-            dlogits = CrossEntropyBackward.apply(*args)
-        else:
-            dlogits = torch.ops.fastattn.cross_entropy_bwd(*args)
+        dlogits = CrossEntropyGradient.apply(
+            logits, target, weight, *ctx.options, lse, dloss, dlse, ctx.backend
+        )
         return dlogits, *(None,) * 7
-
-
-class CrossEntropyBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*args):
-        return torch.ops.fastattn.cross_entropy_bwd(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(NO_SECOND_BACKWARD)
 
 
 class CrossEntropyInplaceFunction(torch.autograd.Function):
     """The reduced loss; the logits' memory holds its gradient from the forward pass on."""
 
     @staticmethod
-    def forward(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, scale, backend):
-        options = (ignore_index, label_smoothing, z_loss, softcap)
-        loss, _ = torch.ops.fastattn.cross_entropy_fwd_bwd_(logits, target, weight, *options, scale, backend)
+    def forward(*args):
+        *problem, scale, backend = args
+        loss, _ = torch.ops.fastattn.cross_entropy_fwd_bwd_(*problem, scale, backend)
         return loss.sum() * scale
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[0])
+        ctx.spent = False
 
     @staticmethod
     def backward(ctx, dloss):
-        if torch.is_grad_enabled():
-            raise RuntimeError("inplace cross_entropy can't be differentiated twice; leave inplace out")
+        if torch.is_grad_enabled() or ctx.spent:
+            raise RuntimeError(
+                "inplace cross_entropy has one backward pass, with no graph of its own, for its"
+                " gradient is in the logits' memory; leave inplace out"
+            )
+        ctx.spent = True
         (gradient,) = ctx.saved_tensors
-        if gradient.device.type != "cpu" or dloss.item() != 1.0:
-            gradient.mul_(dloss)  # bumps the version: a second backward through this graph raises
+        if gradient.device.type != "cpu" or dloss.item() != 1:  # elsewhere item() would wait
+            gradient.mul_(dloss)
         return gradient, *(None,) * 8
 
 
-class LinearCrossEntropyFunction(torch.autograd.Function):
+class LinearCrossEntropyFunction(FusedFunction):
     """(loss, lse) rows; the backward pass recomputes the logits."""
 
     @staticmethod
@@ -318,17 +355,15 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, dlse):
         *tensors, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_BACKWARD)
         if dloss is None:
             dloss = torch.zeros_like(lse)
-        dx, dw, dbias = torch.ops.fastattn.linear_cross_entropy_bwd(
+        dx, dw, dbias = LinearCrossEntropyGradient.apply(
             *tensors, *ctx.options, lse, dloss, dlse, ctx.workspace_bytes, ctx.backend
         )
         return dx, dw, dbias if tensors[2] is not None else None, *(None,) * 8
 
 
-class LinearCrossEntropyScalarFunction(torch.autograd.Function):
+class LinearCrossEntropyScalarFunction(FusedFunction):
     """The reduced loss and, computed along with it, the gradients that are wanted."""
 
     @staticmethod
@@ -337,7 +372,8 @@ class LinearCrossEntropyScalarFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]  # x, linear_weight, linear_bias
+        ctx.dtype = inputs[0].dtype  # of x, linear_weight and linear_bias
+        *_, ctx.want_dx, ctx.want_dw, ctx.want_dbias, _, _ = inputs
         ctx.count = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
@@ -345,19 +381,23 @@ class LinearCrossEntropyScalarFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_BACKWARD)
         if dloss is None:
             return (None,) * ctx.count
-        # Out of place: the graph may be walked again. Nothing to do in the usual case of a loss that is the last node.
-        unscaled = dloss.device.type == "cpu" and not torch.compiler.is_compiling() and dloss.item() == 1.0
-        gradients = [
-            None if dtype is None or g.numel() == 0 else (g if unscaled else g * dloss).to(dtype)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return *gradients, *(None,) * (ctx.count - 3)
+        gradients = ScaledGradients.apply(dloss, *ctx.saved_tensors, ctx.dtype)
+        wanted = (ctx.want_dx, ctx.want_dw, ctx.want_dbias)
+        kept = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+        return *kept, *(None,) * (ctx.count - 3)
 
 
-LinearCrossEntropyFunction.vmap = staticmethod(vmap_by_loop(LinearCrossEntropyFunction))
-CrossEntropyFunction.vmap = staticmethod(vmap_by_loop(CrossEntropyFunction))
-CrossEntropyBackward.vmap = staticmethod(vmap_by_loop(CrossEntropyBackward))
+def _scaled(dloss, *args):
+    """The saved gradients times the loss's own. Out of place: the graph may be walked again."""
+    *gradients, dtype = args
+    on_host = dloss.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not on_host or dloss.item() != 1:  # it is 1 if the loss is the graph's last node
+        gradients = [g * dloss for g in gradients]
+    return tuple(g.to(dtype) for g in gradients)
+
+
+CrossEntropyGradient = gradient_function(torch.ops.fastattn.cross_entropy_bwd)
+LinearCrossEntropyGradient = gradient_function(torch.ops.fastattn.linear_cross_entropy_bwd)
+ScaledGradients = gradient_function(_scaled)

@@ -1,7 +1,8 @@
-"""The problems the backends solve: one NamedTuple an operator, its fields in the operator's schema order.
+"""The problems the backends solve: a NamedTuple an operator, its fields in the schema's order.
 
-Public functions validate and normalise their arguments into one of these; every backend takes them whole. `causal` is gone by
-then: it is the window (-1, 0). Shapes use the letters of docs/design.md: B batch, S sequence, H heads, D head dim, T packed tokens.
+Public functions validate and normalise their arguments into one of these; every backend takes them
+whole. `causal` is gone by then: it is the window (-1, 0). Shapes use the letters of docs/design.md:
+B batch, S sequence, H heads, D head dim, T packed tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 class AttentionProblem(NamedTuple):
-    """softmax(scale·QKᵀ …)V over (B, S, H, D) tensors, or packed (T, H, D) ones with `cu_seqlens_*`."""
+    """softmax(scale·QKᵀ …)V of (B, S, H, D) tensors, or packed (T, H, D) with `cu_seqlens_*`."""
 
     q: Tensor  # (B, S_q, H_q, D) or (T_q, H_q, D)
     k: Tensor  # (B, S_k, H_k, D) or (T_k, H_k, D)
@@ -38,10 +39,10 @@ class AttentionProblem(NamedTuple):
 
 
 class DecodeProblem(NamedTuple):
-    """A few queries against a KV cache, contiguous or paged, with optional rotary embedding and append of new keys."""
+    """A few queries against a KV cache, contiguous or paged; may rotate them and append keys."""
 
     q: Tensor  # (B, S_q, H_q, D), before rotary
-    k_cache: Tensor  # (B_cache, S_cache, H_k, D), or (pages, page_size, H_k, D) with block_table; appended in place
+    k_cache: Tensor  # (B_cache, S_cache, H_k, D), or (pages, page_size, H_k, D); appended in place
     v_cache: Tensor  # (B_cache, S_cache, H_k, D_v), or paged alike
     cache_seqlens: Tensor  # (B,) int32: keys in the cache before the append
     k: Tensor | None = None  # (B, S_new, H_k, D): appended at cache_seqlens; both or neither
@@ -49,7 +50,9 @@ class DecodeProblem(NamedTuple):
     rotary_cos: Tensor | None = None  # (positions, rotary_dim / 2); both or neither
     rotary_sin: Tensor | None = None
     block_table: Tensor | None = None  # (B, pages per sequence) int32
-    cache_batch_idx: Tensor | None = None  # (B,) int32: row of the cache each batch entry uses; not with block_table
+    cache_batch_idx: Tensor | None = (
+        None  # (B,) int32: row of the cache each batch entry uses; not with block_table
+    )
     cache_leftpad: Tensor | None = None  # (B,) int32: first valid cache position
     alibi_slopes: Tensor | None = None  # (H_q,) or (B, H_q), fp32
     sinks: Tensor | None = None  # (H_q,), fp32
@@ -71,3 +74,21 @@ class CrossEntropyProblem(NamedTuple):
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # adds z_loss · lse² to each row; not multiplied by the class weight
     softcap: float = 0.0  # logits become softcap · tanh(logits / softcap); 0 = none
+
+
+class LinearCrossEntropyProblem(NamedTuple):
+    """Per-row cross-entropy of x @ linear_weightᵀ + linear_bias."""
+
+    x: Tensor  # (N, C)
+    linear_weight: Tensor  # (V, C)
+    linear_bias: Tensor | None  # (V,)
+    target: Tensor  # (N,) int64
+    weight: Tensor | None = None  # (V,) fp32
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+
+    def of_logits(self, logits: Tensor, rows: slice) -> CrossEntropyProblem:
+        """The cross-entropy of these rows, whose logits are given."""
+        return CrossEntropyProblem(logits, self.target[rows], *self[4:])

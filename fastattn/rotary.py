@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., RoFormer, 2021) on (B, S, H, D) tensors, in plain PyTorch."""
+"""Rotary position embedding (Su et al., RoFormer, 2021) of (B, S, H, D) tensors, plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .problem import DecodeProblem
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate the first `2 · cos.shape[-1]` dims of `x` in pairs; the rest passes through.
 
-    x: (B, S, H, D); cos, sin: (S, R) or (B, S, R) with R ≤ D / 2. Pairs are (i, i + R), or (2i, 2i + 1) if `interleaved`.
-    Computed in fp32 at least, returned in x's dtype.
+    x: (B, S, H, D); cos, sin: (S, R) or (B, S, R) with R ≤ D / 2. Pairs are (i, i + R), or
+    (2i, 2i + 1) if `interleaved`. Computed in fp32 at least, returned in x's dtype.
     """
     rotary_dim = 2 * cos.shape[-1]
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -28,8 +28,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
 
 
 def rotate_queries(p: DecodeProblem) -> Tensor:
-    """The decode problem's queries after rotary: query i of sequence b is at position cache_seqlens[b] + i, or, when neither
-    causal nor windowed, all of them at cache_seqlens[b] (flash_attn's rule)."""
+    """The decode problem's queries after rotary.
+
+    Query i of sequence b is at position cache_seqlens[b] + i, or, when neither causal nor windowed,
+    all of them at cache_seqlens[b] (flash_attn's rule).
+    """
     if p.rotary_cos is None or p.rotary_sin is None:
         return p.q
     offsets = torch.arange(p.q.shape[1], device=p.q.device)

@@ -1,0 +1,55 @@
+"""What the package's autograd.Functions share: a vmap rule, and gradients that have no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NO_SECOND_BACKWARD = (
+    "fastattn's fused kernels have no second backward;"
+    " backend='reference' computes one (it is plain PyTorch)"
+)
+
+
+class FusedFunction(torch.autograd.Function):
+    """Base of Functions around raw operators: under vmap they run once for each mapped element."""
+
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        if info.batch_size == 0:
+            raise ValueError("fastattn's kernels can't be mapped over a dimension of size 0")
+        results = []
+        for i in range(info.batch_size):
+            picked = (
+                a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)
+            )
+            results.append(cls.apply(*picked))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
+        return outputs, (0,) * len(outputs)
+
+
+def gradient_function(compute: Callable) -> type[torch.autograd.Function]:
+    """`compute(*args)`, which makes gradients, as a Function whose own backward raises.
+
+    Backward passes call this and not the bare operator, which vmap knows nothing of and which
+    would cut the graph in silence under create_graph=True.
+    """
+
+    class Gradient(FusedFunction):
+        @staticmethod
+        def forward(*args):
+            return compute(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(NO_SECOND_BACKWARD)
+
+    return Gradient
