@@ -24,8 +24,6 @@ from fastattn.testing import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # over 4 MiB in every dtype: its gradient is written past the caches
 LONG = CrossEntropyCase("long", rows=71, vocab=30011, padding=2)
-    "long", rows=37, vocab=30011, padding=2
-)  # over 4 MB: written past the caches
 
 if (reason := library.load_error()) is not None:
     pytest.skip(reason, allow_module_level=True)
