@@ -180,7 +180,7 @@ class Permutation:
 
     def _network(self, x: np.ndarray) -> np.ndarray:
         a, b = np.uint64(self.a), np.uint64(self.b)
-        left, right = x // b, x % b
+        left, right = np.divmod(x, b)
         for even, odd in zip(self.round_keys[::2], self.round_keys[1::2], strict=True):
             left = (left + mix(right ^ even) % a) % a
             right = (right + mix(left ^ odd) % b) % b
