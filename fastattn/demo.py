@@ -1,0 +1,151 @@
+"""`fastattn demo`: what the package does, from a check of the kernels to text that it wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import info, report, trainer
+from .attention import attention, explain
+from .data import prepare
+from .generate import generate
+from .gpt import GPT
+from .presets import PRESETS
+from .trainer import Trainer
+
+PROMPT = "ROMEO:\n"
+
+
+def demo(out: Path, minutes: float) -> None:
+    """Run every part, printing as it goes. The trained run stays in `out`."""
+    heading("This machine")
+    print(info.report())
+
+    heading("Our attention against float64")
+    print(check_attention())
+
+    heading("Training")
+    config = dataclasses.replace(PRESETS["demo"], out=out, max_minutes=minutes)
+    prepare("shakespeare", "char", config.data)
+    trained = trainer.train(config, overwrite=True)
+    loss = trained.evaluate(None)
+    print(f"validation loss over all {len(trained.val_data):,} tokens: {loss:.4f} nats a character")
+
+    heading("Ours against the reference path")
+    print(compare_paths(trained))
+
+    heading("A sample")
+    print(sample(trained.model, trained))
+
+    heading("Where things are")
+    print(f"run folder   {out}  (log.jsonl, config.json, checkpoints)")
+    print(f"loss curve   {out / report.PLOT}")
+    print(f"more text    fastattn generate {out} --prompt 'JULIET:'")
+
+
+def heading(title: str) -> None:
+    print(f"\n=== {title} " + "=" * max(0, 76 - len(title)) + "\n", flush=True)
+
+
+# ---- check -------------------------------------------------------------------------------------
+
+
+def check_attention() -> str:
+    """Output and gradients in fp32 on the chosen backend and in eager PyTorch, against fp64."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 257, 4, 64)  # (B, S, H, D)
+    q, k, v, dout = (torch.randn(shape, generator=generator) for _ in range(4))
+    exact = outputs(q.double(), k.double(), v.double(), dout.double(), "reference")
+    lines = [
+        "q, k, v of (B, S, H, D) = (2, 257, 4, 64), causal, fp32. fastattn.explain(q, k, v):",
+        *(f"  {line}" for line in str(explain(q, k, v, causal=True)).splitlines()),
+        "",
+        f"{'largest error':<20}" + "".join(f"{name:>11}" for name in ("out", "dq", "dk", "dv")),
+    ]
+    for name, backend in (("fastattn", None), ("eager PyTorch", "reference")):
+        ours = outputs(q, k, v, dout, backend)
+        errors = [(a.double() - b).abs().max().item() for a, b in zip(ours, exact, strict=True)]
+        lines.append(f"{name:<20}" + "".join(f"{error:>11.1e}" for error in errors))
+    return "\n".join(lines)
+
+
+def outputs(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, backend: str | None
+) -> tuple[Tensor, ...]:
+    """out, dq, dk, dv of causal attention."""
+    q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
+    out = attention(q, k, v, causal=True, backend=backend)
+    return (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
+
+
+# ---- compare -----------------------------------------------------------------------------------
+
+PATHS = {"fastattn": None, "reference": "reference"}
+LONG = 2048  # tokens of one long window
+
+
+def compare_paths(trained: Trainer, steps: int = 5) -> str:
+    """Training steps from the same weights, on the same batches, by both paths in turn."""
+    c = trained.config
+    long = dataclasses.replace(
+        c,
+        model=dataclasses.replace(c.model, block_size=LONG),
+        seq_len=LONG,
+        batch_size=1,
+        tokens_per_step=LONG,
+    )
+    lines = [f"{'':<28}{'time a step':>14}{'peak memory':>14}{'loss, first and last step':>28}"]
+    for config in (c, long):
+        lines.append(f"{config.batch_size} windows of {config.T} tokens")
+        trainers = {}
+        for path, backend in PATHS.items():
+            t = Trainer(dataclasses.replace(config, backend=backend))
+            t.model.load_state_dict(trained.model.state_dict())
+            trainers[path] = t
+        results = {path: [] for path in PATHS}
+        for _ in range(steps):
+            for path, t in trainers.items():
+                results[path].append(t.train_step())
+        for path, t in trainers.items():
+            seconds = statistics.median(result.seconds for result in results[path][1:])
+            peak = peak_memory(t.train_step)
+            memory = "n/a" if peak is None else f"{peak / 2**20:.0f} MiB"
+            first, last = results[path][0].loss, results[path][-1].loss
+            lines.append(
+                f"  {path:<26}{1e3 * seconds:>11.1f} ms{memory:>14}{first:>17.6f}{last:>11.6f}"
+            )
+    lines.append(f"times: medians of {steps - 1} steps, taken in turn; memory: above what was held")
+    return "\n".join(lines)
+
+
+def peak_memory(function: Callable[[], object]) -> int | None:
+    """Bytes this process held at most during a call, above those before it; None off Linux."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark VmHWM to VmRSS
+        before = resident("VmHWM")
+        function()
+        return resident("VmHWM") - before
+    except OSError:
+        return None
+
+
+def resident(name: str) -> int:
+    """VmRSS or VmHWM, the memory held now or at most, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+# ---- sample ------------------------------------------------------------------------------------
+
+
+def sample(model: GPT, t: Trainer) -> str:
+    prompt = torch.tensor([t.tokenizer.encode(PROMPT)])
+    tokens = generate(model, prompt, max_new_tokens=500, temperature=0.8, seed=7)
+    return t.tokenizer.decode(tokens[0])
