@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backends, reference, validate
 from .autograd import FusedFunction, gradient_function
 from .backends import Explanation, requested
-from .problem import AttentionProblem
+from .problem import AttentionProblem, last_stride_one
 
 _FIELDS = len(AttentionProblem._fields)
 _TENSORS = AttentionProblem._fields.index(
@@ -263,10 +263,6 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         return t.to(dtype) if narrow else t
 
     return tuple(cast(t) for t in tensors)
-
-
-def last_stride_one(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, ndim: int) -> None:

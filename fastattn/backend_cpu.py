@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import library
 from .backends import Problem
-from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem, last_stride_one
 from .rotary import rotate_queries
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,16 +43,14 @@ def attn_bwd(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Deterministic either way."""
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
+    dout = last_stride_one(dout)
     dq, dk, dv = (t.new_empty(t.shape) for t in (p.q, p.k, p.v))
     dbias = dsinks = None
     if p.bias is not None:
         dbias = p.bias.new_zeros(p.bias.shape, dtype=torch.float32)
     if p.sinks is not None:
         dsinks = p.sinks.new_zeros(p.sinks.shape)
-    if dlse is not None and dlse.stride(-1) != 1:
-        dlse = dlse.contiguous()
+    dlse = None if dlse is None else last_stride_one(dlse)
     torch.ops.fastattn_C.attn_bwd(*p, out, lse, dout, dlse, dq, dk, dv, dbias, dsinks)
     if p.bias is not None and dbias is not None:
         dbias = dbias.to(p.bias.dtype)
@@ -97,6 +95,6 @@ def cross_entropy_bwd(
     """dloss · ∂loss + dlse · ∂lse; written to dlogits (may be the logits) if given."""
     if dlogits is None:
         dlogits = p.logits.new_empty(p.logits.shape)
-    dlse = None if dlse is None else dlse.contiguous()  # (lse.sum()).backward() sends stride 0
+    dlse = None if dlse is None else last_stride_one(dlse)  # lse.sum().backward() sends stride 0
     torch.ops.fastattn_C.cross_entropy_bwd(*p, lse, dloss, dlse, dlogits)
     return dlogits

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from . import validate
-from .attention import last_stride_one
 from .backends import requested
-from .problem import DecodeProblem
+from .problem import DecodeProblem, last_stride_one
 
 
 def attention_decode(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import chunked_loss, reference, validate
-from .attention import autocast, last_stride_one
+from .attention import autocast
 from .autograd import FusedFunction, gradient_function
 from .backends import requested
-from .problem import CrossEntropyProblem, LinearCrossEntropyProblem
+from .problem import CrossEntropyProblem, LinearCrossEntropyProblem, last_stride_one
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -372,30 +372,27 @@ class LinearCrossEntropyScalarFunction(FusedFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.dtype = inputs[0].dtype  # of x, linear_weight and linear_bias
-        *_, ctx.want_dx, ctx.want_dw, ctx.want_dbias, _, _ = inputs
-        ctx.count = len(inputs)
+        *_, want_dx, want_dw, want_dbias, _, _ = inputs
+        ctx.wanted = (want_dx, want_dw, want_dbias)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*inputs[:3], *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        if dloss is None:
-            return (None,) * ctx.count
-        gradients = ScaledGradients.apply(dloss, *ctx.saved_tensors, ctx.dtype)
-        wanted = (ctx.want_dx, ctx.want_dw, ctx.want_dbias)
-        kept = (g if w else None for g, w in zip(gradients, wanted, strict=True))
-        return *kept, *(None,) * (ctx.count - 3)
+        gradients = (None,) * 3
+        if dloss is not None:
+            gradients = ScaledGradients.apply(dloss, *ctx.saved_tensors)
+        kept = (g if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
+        return *kept, *(None,) * 12
 
 
-def _scaled(dloss, *args):
+def _scaled(dloss, x, linear_weight, linear_bias, *gradients):
     """The saved gradients times the loss's own. Out of place: the graph may be walked again."""
-    *gradients, dtype = args
     on_host = dloss.device.type == "cpu" and not torch.compiler.is_compiling()
     if not on_host or dloss.item() != 1:  # it is 1 if the loss is the graph's last node
-        gradients = [g * dloss for g in gradients]
-    return tuple(g.to(dtype) for g in gradients)
+        gradients = tuple(g * dloss for g in gradients)
+    return tuple(g.to(x.dtype) for g in gradients)  # x, linear_weight and linear_bias share one
 
 
 CrossEntropyGradient = gradient_function(torch.ops.fastattn.cross_entropy_bwd)

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def last_stride_one(t: Tensor) -> Tensor:
+    """t, or a copy where neighbours along its last dimension are not neighbours in memory."""
+    if t.stride(-1) == 1 or t.shape[-1] <= 1:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)  # contiguous() keeps an empty t's strides
 
 
 class AttentionProblem(NamedTuple):

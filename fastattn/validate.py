@@ -84,7 +84,7 @@ def attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def ungroupable(heads_q: int, heads_k: int) -> str | None:
-    if heads_k == 0 or heads_q % heads_k:
+    if heads_q == 0 or heads_k == 0 or heads_q % heads_k:
         return f"the {heads_q} heads of q can't be grouped over the {heads_k} heads"
     return None
 
