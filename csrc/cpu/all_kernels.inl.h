@@ -4,6 +4,7 @@
 #include "gemm_tile.inl.h"
 #include "philox.inl.h"
 #include "score_mods.inl.h"
+#include "key_blocks.inl.h"
 #include "attn_fwd.inl.h"
 #include "attn_bwd.inl.h"
 #include "attn_decode.inl.h"

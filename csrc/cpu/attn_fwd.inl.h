@@ -4,7 +4,7 @@
 // keeps Oᵀ (D_v, kTileQ) with the running maximum and sum of its queries. Blocks outside the window
 // are skipped, and only segments on its edge are masked.
 
-constexpr int64_t kTaskQueries = 256;  // K and V are read and converted once per this many queries
+constexpr int kFwdTiles = 256 / kTileQ;  // a task; K and V are read and converted once for them
 
 struct FwdTile {
   Range queries;
@@ -12,41 +12,22 @@ struct FwdTile {
   float *row_max, *row_sum;  // (kTileQ): running maximum of scores, and sum of exp(score − row_max)
 };
 
-// A block of keys in scratch.
-struct KeyBlock {
-  Range keys;
-  int64_t ld_k, ld_v;
-  float *k, *v;  // (kBlockK, ld_k), (kBlockK, ld_v)
-  bool v_finite;
-
-  const float* k_row(int64_t key) const { return k + (key - keys.begin) * ld_k; }
-  const float* v_row(int64_t key) const { return v + (key - keys.begin) * ld_v; }
-};
-
-// C (rows, kTileQ) += A·B (keys, kTileQ) over the visible pairs alone: where A holds NaN or inf, 0
-// · A must not reach queries that don't see its key.
-template <int V, class Scores>
-static void multiply_add_visible(int64_t rows, int64_t keys, Left a, const float* b, float* c,
-                                 const Scores& scores) {
-  for (int64_t n = 0; n < keys; n++) {
-    for (int v = 0; v < V; v++) {
-      const Vec right = load(b + n * kTileQ + v * kLanes);
-      for (int64_t r = 0; r < rows; r++) {
-        float* sum = c + r * kTileQ + v * kLanes;
-        const Vec product = broadcast(a.at[r * a.row + n * a.depth]) * right;
-        store(sum, load(sum) + scores.visible(n, v, product));
-      }
-    }
-  }
+// No key seen yet but the sink, a logit without a value. The maximum stays finite, so that
+// −inf − row_max is −inf and never NaN.
+static void start_tile(const FwdTile& tile, int64_t head_dim_v, const float* sink) {
+  const float logit = sink ? *sink : -INFINITY;
+  std::fill_n(tile.row_max, kTileQ, logit == -INFINITY ? -FLT_MAX : logit);
+  std::fill_n(tile.row_sum, kTileQ, logit == -INFINITY ? 0.0f : 1.0f);
+  std::fill_n(tile.out, head_dim_v * kTileQ, 0.0f);
 }
 
-// One segment of keys against V vectors of a tile, from lane `lane0` on; probs is scratch (kBlockK,
-// kTileQ).
-template <int V, class Scores>
-static void attend(const FwdTile& tile, int lane0, int64_t head_dim, int64_t head_dim_v,
-                   const KeyBlock& block, Range keys, float* probs, const Scores& scores) {
-  const int64_t count = keys.size();
-  multiply<V>(count, head_dim, {block.k_row(keys.begin), block.ld_k, 1}, tile.q + lane0, kTileQ,
+// Some keys of a block against some queries of a tile, in V vectors. probs is (kBlockK, kTileQ)
+// scratch.
+template <int V, class Blocks, class Scores>
+static void attend(const AttnFwdParams& p, const FwdTile& tile, Range queries, const Blocks& block,
+                   Range keys, float* probs, const Scores& scores) {
+  const int64_t count = keys.size(), lane0 = queries.begin - tile.queries.begin;
+  multiply<V>(count, p.head_dim, {block.k_row(keys.begin), block.ld_k, 1}, tile.q + lane0, kTileQ,
               probs, kTileQ, Set{});
 
   Vec block_max[V];
@@ -55,9 +36,9 @@ static void attend(const FwdTile& tile, int lane0, int64_t head_dim, int64_t hea
   for (int64_t n = 0; n < count; n++) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
-      float* p = probs + n * kTileQ + v * kLanes;
-      const Vec score = scores.score(n, v, load(p));
-      if (Scores::kHides) store(p, score);
+      float* prob = probs + n * kTileQ + v * kLanes;
+      const Vec score = scores.score(n, v, load(prob));
+      if (Scores::kHides) store(prob, score);
       block_max[v] = max(score, block_max[v]);  // passes over NaN, which the sum will carry
     }
   }
@@ -75,10 +56,10 @@ static void attend(const FwdTile& tile, int lane0, int64_t head_dim, int64_t hea
   for (int64_t n = 0; n < count; n++) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
-      float* p = probs + n * kTileQ + v * kLanes;
-      const Vec prob = exp(load(p) - row_max[v]);
-      block_sum[v] = block_sum[v] + prob;
-      store(p, scores.keep(n, v, prob));
+      float* prob = probs + n * kTileQ + v * kLanes;
+      const Vec weight = exp(load(prob) - row_max[v]);
+      block_sum[v] = block_sum[v] + weight;
+      store(prob, scores.keep(n, v, weight));
     }
   }
 #pragma GCC unroll 4
@@ -88,23 +69,11 @@ static void attend(const FwdTile& tile, int lane0, int64_t head_dim, int64_t hea
   }
 
   const Left values{block.v_row(keys.begin), 1, block.ld_v};
-  if (Scores::kHides && !block.v_finite) {
-    multiply<V>(head_dim_v, 0, values, probs, kTileQ, tile.out + lane0, kTileQ,
-                RescaleAndAdd<V>{rescale});
-    multiply_add_visible<V>(head_dim_v, count, values, probs, tile.out + lane0, scores);
-  } else {
-    multiply<V>(head_dim_v, count, values, probs, kTileQ, tile.out + lane0, kTileQ,
-                RescaleAndAdd<V>{rescale});
-  }
-}
-
-// Initial state: no key seen yet but the sink, a logit without a value. The maximum stays finite,
-// so that −inf − row_max is −inf and never NaN.
-static void start_tile(const FwdTile& tile, int64_t head_dim_v, const float* sink) {
-  const float logit = sink ? *sink : -INFINITY;
-  std::fill_n(tile.row_max, kTileQ, logit == -INFINITY ? -FLT_MAX : logit);
-  std::fill_n(tile.row_sum, kTileQ, logit == -INFINITY ? 0.0f : 1.0f);
-  std::fill_n(tile.out, head_dim_v * kTileQ, 0.0f);
+  float* out = tile.out + lane0;
+  const bool clean = !Scores::kHides || block.v_finite;
+  multiply<V>(p.head_dim_v, clean ? count : 0, values, probs, kTileQ, out, kTileQ,
+              RescaleAndAdd<V>{rescale});
+  if (!clean) multiply_add_visible<V>(p.head_dim_v, count, values, probs, out, scores);
 }
 
 template <class T>
@@ -113,39 +82,25 @@ static void finish_tile(const FwdTile& tile, int64_t head_dim_v, T* out, int64_t
   float inverse[kTileQ];
   for (int i = 0; i < kTileQ; i++) inverse[i] = tile.row_sum[i] == 0 ? 0 : 1 / tile.row_sum[i];
   unpack_transposed(tile.out, inverse, tile.queries.size(), head_dim_v, out, out_stride);
-  for (int64_t i = 0; i < tile.queries.size(); i++) {  // −inf where no key was seen
-    lse[i] = tile.row_sum[i] == 0 ? -INFINITY : tile.row_max[i] + std::log(tile.row_sum[i]);
+  for (int64_t i = 0; i < tile.queries.size(); i++) {  // a sum of 0: no key was seen
+    const float sum = tile.row_sum[i];
+    lse[i] = sum == 0 ? -INFINITY : tile.row_max[i] + std::log(sum);
   }
 }
 
 template <class T>
 static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t head, Range queries) {
-  const Window window = make_window(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
-  const int64_t head_k = head / (p.heads_q / p.heads_k);
-  const auto at = [&](const void* base, const Strides& stride, int64_t row, int64_t h) {
-    return static_cast<const T*>(base) + s.batch * stride.batch + row * stride.seq +
-           h * stride.head;
-  };
-  const T* q = at(p.q, p.q_stride, s.q_row, head);
-  const T* k = at(p.k, p.k_stride, s.k_row, head_k);
-  const T* v = at(p.v, p.v_stride, s.k_row, head_k);
-  T* out = const_cast<T*>(at(p.out, p.out_stride, s.q_row, head));
-  float* lse = p.lse + s.batch * p.lse_stride_batch + head * p.lse_stride_head + s.q_row;
-
   const FlushDenormals flush;
+  const Window window = make_window(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
   Scratch scratch;
-  KeyBlock block{};
-  block.ld_k = round_up(p.head_dim, kPad);
-  block.ld_v = round_up(p.head_dim_v, kPad);
-  block.k = scratch.take(kBlockK * block.ld_k);
-  block.v = scratch.take(kBlockK * block.ld_v);
+  KeyBlocks<T> block(p, s, head / (p.heads_q / p.heads_k), scratch);
+  ScoreMods mods(p, s, window, scratch);
+  mods.set_head(head);
   float* probs = scratch.take(kBlockK * kTileQ);
-  const bool rich = is_rich(p);
-  ScoreMods mods(p, s, window, head);
-  if (rich) mods.take_scratch(scratch);
 
-  FwdTile tiles[ceil_div(kTaskQueries, kTileQ)];
+  FwdTile tiles[kFwdTiles];
   int count = 0;
+  const T* q = head_at<const T>(p.q, p.q_stride, s.batch, s.q_row, head);
   for (int64_t i = queries.begin; i < queries.end; i += kTileQ) {
     FwdTile& tile = tiles[count++];
     tile.queries = {i, std::min(i + kTileQ, queries.end)};
@@ -158,38 +113,18 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
                     query_factor(p), tile.q);
   }
 
-  const Range keys = keys_seen_by_any(window, queries);
-  for (int64_t n = keys.begin / kBlockK * kBlockK; n < keys.end; n += kBlockK) {
-    block.keys = intersect({n, n + kBlockK}, keys);
-    const int64_t first = block.keys.begin;
-    load_rows(k + first * p.k_stride.seq, p.k_stride.seq, block.keys.size(), p.head_dim, block.k,
-              block.ld_k);
-    block.v_finite = load_rows(v + first * p.v_stride.seq, p.v_stride.seq, block.keys.size(),
-                               p.head_dim_v, block.v, block.ld_v);
+  for_each_block(window, queries, [&](Range keys) {
+    block.load(keys);
     for (int t = 0; t < count; t++) {
-      const FwdTile& tile = tiles[t];
-      Range rest = intersect(block.keys, keys_seen_by_any(window, tile.queries));
-      while (!rest.empty()) {
-        const Segment segment = next_segment(window, tile.queries, kLanes, rest);
-        rest.begin = segment.keys.end;
-        const int lane0 = segment.vec_begin * kLanes;
-        const int64_t query0 = tile.queries.begin + lane0;
-        with_vecs(segment.vec_end - segment.vec_begin, [&](auto V) {
-          const auto run = [&](const auto& scores) {
-            attend<V>(tile, lane0, p.head_dim, p.head_dim_v, block, segment.keys, probs, scores);
-          };
-          if (rich) {
-            const Range lanes{query0, std::min<int64_t>(tile.queries.end, query0 + V * kLanes)};
-            run(mods.prepare(lanes, segment.keys, segment.edge));
-          } else if (segment.edge) {
-            run(EdgeScores(window, query0, segment.keys.begin));
-          } else {
-            run(PlainScores{});
-          }
-        });
-      }
+      for_each_segment(window, tiles[t].queries, keys, is_rich(p) ? &mods : nullptr,
+                       [&](auto V, Range lanes, Range segment, const auto& scores) {
+                         attend<V>(p, tiles[t], lanes, block, segment, probs, scores);
+                       });
     }
-  }
+  });
+
+  T* out = head_at<T>(p.out, p.out_stride, s.batch, s.q_row, head);
+  float* lse = p.lse + s.batch * p.lse_stride_batch + head * p.lse_stride_head + s.q_row;
   for (int t = 0; t < count; t++) {
     const int64_t i = tiles[t].queries.begin;
     finish_tile(tiles[t], p.head_dim_v, out + i * p.out_stride.seq, p.out_stride.seq, lse + i);
@@ -199,7 +134,7 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
 static void attn_fwd(const AttnFwdParams& p, const Pool& pool) {
   // Several tiles a task, but enough tasks that threads end together.
   const int64_t heads = p.batch * p.heads_q;
-  int64_t task_queries = kTaskQueries / kTileQ * kTileQ;
+  int64_t task_queries = kFwdTiles * kTileQ;
   while (task_queries > kTileQ && heads * ceil_div(p.seqlen_q, task_queries) < 4 * pool.threads()) {
     task_queries = round_up(task_queries / 2, kTileQ);
   }

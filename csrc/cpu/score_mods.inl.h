@@ -2,17 +2,17 @@
 //
 // A kernel sees them as one of three policies, asked per key row n and vector v of a tile:
 //   score(n, v, raw)   the score of the raw product, −inf where hidden
-//   slope(n, v, raw)   its derivative by scale · q · k
 //   visible(n, v, x)   x, or 0 where hidden, NaN or not
 //   keep(n, v, x)      x after dropout
+//   backward(n, v, raw, dscore)   the gradient of scale · q · k from the score's
 
 // Every query sees every key.
 struct PlainScores {
   static constexpr bool kHides = false;
   FASTATTN_INLINE Vec score(int64_t, int, Vec raw) const { return raw; }
-  FASTATTN_INLINE Vec slope(int64_t, int, Vec) const { return broadcast(1.0f); }
   FASTATTN_INLINE Vec visible(int64_t, int, Vec x) const { return x; }
   FASTATTN_INLINE Vec keep(int64_t, int, Vec x) const { return x; }
+  FASTATTN_INLINE Vec backward(int64_t, int, Vec, Vec dscore) const { return dscore; }
 };
 
 // The window's edge passes through: lanes [first + n, last + n) see key row n.
@@ -36,20 +36,17 @@ struct EdgeScores : PlainScores {
 // Everything, by run-time values.
 struct RichScores {
   static constexpr bool kHides = true;
-  float softcap;      // raw is then scale · q · k / softcap. 0 = none
-  float* added;       // (keys, kTileQ): bias and ALiBi, −inf where hidden. Null = none
-  const float* kept;  // (keys, kTileQ): dropout's factors. Null = none
+  float softcap;       // raw is then scale · q · k / softcap. 0 = none
+  const float* added;  // (keys, kTileQ): bias and ALiBi, −inf where hidden. Null = none
+  const float* kept;   // (keys, kTileQ): dropout's factors. Null = none
+  float*
+      dscores;  // (keys, kTileQ): backward() leaves the scores' gradients here. Null = not wanted
 
   FASTATTN_INLINE Vec score(int64_t n, int v, Vec raw) const {
     const Vec x = softcap > 0 ? broadcast(softcap) * tanh(raw) : raw;
     if (added == nullptr) return x;
     const Vec a = load(added + n * kTileQ + v * kLanes);
     return select(equal(a, broadcast(-INFINITY)), a, x + a);
-  }
-  FASTATTN_INLINE Vec slope(int64_t, int, Vec raw) const {
-    if (!(softcap > 0)) return broadcast(1.0f);
-    const Vec t = tanh(raw);
-    return broadcast(1.0f) - t * t;
   }
   FASTATTN_INLINE Vec visible(int64_t n, int v, Vec x) const {
     if (added == nullptr) return x;
@@ -58,6 +55,12 @@ struct RichScores {
   }
   FASTATTN_INLINE Vec keep(int64_t n, int v, Vec x) const {
     return kept == nullptr ? x : x * load(kept + n * kTileQ + v * kLanes);
+  }
+  FASTATTN_INLINE Vec backward(int64_t n, int v, Vec raw, Vec dscore) const {
+    if (dscores) store(dscores + n * kTileQ + v * kLanes, dscore);
+    if (!(softcap > 0)) return dscore;
+    const Vec t = tanh(raw);
+    return dscore * (broadcast(1.0f) - t * t);
   }
 };
 
@@ -70,24 +73,52 @@ static float query_factor(const AttnFwdParams& p) {
   return p.softcap > 0 ? p.scale / p.softcap : p.scale;
 }
 
-// Makes the tiles RichScores reads, for one head of one sequence.
+// Where a bias wants its gradient; null = nowhere.
+struct BiasGradient {
+  float* data;
+  ScoreStrides stride;
+};
+
+// Makes the tiles RichScores reads, for one head of one sequence at a time.
 class ScoreMods {
  public:
-  ScoreMods(const AttnFwdParams& p, const Sequence& sequence, const Window& window, int64_t head)
-      : p_(p), sequence_(sequence), window_(window), head_(head) {}
+  ScoreMods(const AttnFwdParams& p, const Sequence& sequence, const Window& window,
+            Scratch& scratch, BiasGradient dbias = {})
+      : p_(p),
+        sequence_(sequence),
+        window_(window),
+        dbias_(dbias),
+        rows_(scratch.take(kTileQ * kBlockK)),
+        bias_row_(scratch.take(kBlockK)),
+        added_(scratch.take(kBlockK * kTileQ)),
+        kept_(scratch.take(kBlockK * kTileQ)),
+        dscores_(scratch.take(kBlockK * kTileQ)) {}
 
-  void take_scratch(Scratch& scratch) {
-    rows_ = scratch.take(kTileQ * kBlockK);
-    bias_row_ = scratch.take(kBlockK);
-    added_ = scratch.take(kBlockK * kTileQ);
-    kept_ = scratch.take(kBlockK * kTileQ);
-  }
+  void set_head(int64_t head) { head_ = head; }
 
   RichScores prepare(Range queries, Range keys, bool edge) const {
     const bool adds = p_.bias || p_.mask || p_.alibi_slopes || edge;
     if (adds) pack_added(queries, keys, edge);
     if (p_.seed) pack_kept(queries, keys);
-    return {p_.softcap, adds ? added_ : nullptr, p_.seed ? kept_ : nullptr};
+    return {p_.softcap, adds ? added_ : nullptr, p_.seed ? kept_ : nullptr,
+            dbias_.data ? dscores_ : nullptr};
+  }
+
+  // Adds what backward() has left for these queries and keys.
+  void add_dbias(Range queries, Range keys) const {
+    if (dbias_.data == nullptr) return;
+    float ones[kTileQ];
+    std::fill_n(ones, kTileQ, 1.0f);
+    unpack_transposed(dscores_, ones, queries.size(), keys.size(), rows_, kBlockK);
+    for (int64_t i = queries.begin; i < queries.end; i++) {
+      const float* row = rows_ + (i - queries.begin) * kBlockK;
+      float* dbias = dbias_.data + offset(dbias_.stride, i, keys.begin);
+      if (dbias_.stride.col == 1) {
+        for (int64_t n = 0; n < keys.size(); n++) dbias[n] += row[n];
+      } else {
+        for (int64_t n = 0; n < keys.size(); n++) dbias[n * dbias_.stride.col] += row[n];
+      }
+    }
   }
 
  private:
@@ -162,6 +193,8 @@ class ScoreMods {
   const AttnFwdParams& p_;
   const Sequence& sequence_;
   const Window& window_;
-  int64_t head_;
-  float *rows_ = nullptr, *bias_row_ = nullptr, *added_ = nullptr, *kept_ = nullptr;
+  const BiasGradient dbias_;
+  int64_t head_ = 0;
+  float *rows_, *bias_row_;          // (kTileQ, kBlockK); (kBlockK)
+  float *added_, *kept_, *dscores_;  // (kBlockK, kTileQ)
 };

@@ -1,61 +1,68 @@
-// Working memory of a thread, kept between calls: a malloc per call costs 3-4 % at S = 256.
+// Working memory of the kernels.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace fastattn::cpu {
 
-// Hands out uninitialised arrays while it lives; one at a time per thread.
+// Uninitialised floats from the start of a page on.
+class Buffer {
+ public:
+  explicit Buffer(size_t floats = 0)
+      : size_(floats),
+        data_(floats == 0 ? nullptr
+                          : static_cast<float*>(::operator new(floats * sizeof(float), kPage))) {}
+  Buffer(Buffer&& other) noexcept : Buffer() { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(size_, other.size_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() { ::operator delete(data_, kPage); }
+
+  float* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  static constexpr std::align_val_t kPage{4096};
+  size_t size_;
+  float* data_;
+};
+
+// Hands out arrays of a thread's own, kept from call to call: allocating them each time would cost
+// 3-4 % at S = 256. At most one Scratch lives on a thread.
 class Scratch {
  public:
   Scratch() = default;
   Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
-    for (Piece& piece : pieces()) {
-      if (piece.floats > kKeptFloats) piece.release();
+    for (Buffer& buffer : buffers()) {
+      if (buffer.size() > kKeptFloats) buffer = Buffer();
     }
   }
 
-  // 64-byte aligned. Successive arrays start at different offsets in their 4 KiB pages: loads
-  // behind a store to an equal offset would wait for it.
+  // Uninitialised and 64-byte aligned. Successive arrays start at different offsets in their pages:
+  // a load would wait for an earlier store to the same offset of another page.
   float* take(int64_t floats) {
-    std::vector<Piece>& all = pieces();
+    std::vector<Buffer>& all = buffers();
     if (taken_ == all.size()) all.emplace_back();
-    Piece& piece = all[taken_];
-    const size_t offset = taken_++ % 8 * 8 * kLine;
-    const size_t needed = size_t(floats) + offset;
-    if (piece.floats < needed) {
-      piece.release();
-      piece.data =
-          static_cast<float*>(::operator new(needed * sizeof(float), std::align_val_t(kPageBytes)));
-      piece.floats = needed;
-    }
-    return piece.data + offset;
+    const size_t offset = taken_ % 8 * 8 * kLine;
+    Buffer& buffer = all[taken_++];
+    if (buffer.size() < size_t(floats) + offset) buffer = Buffer(size_t(floats) + offset);
+    return buffer.data() + offset;
   }
 
  private:
-  static constexpr size_t kPageBytes = 4096, kLine = 64 / sizeof(float);
-  static constexpr size_t kKeptFloats = (16 << 20) / sizeof(float);  // larger pieces are given back
+  static constexpr size_t kLine = 64 / sizeof(float);
+  static constexpr size_t kKeptFloats = (16 << 20) / sizeof(float);  // larger ones are given back
 
-  struct Piece {
-    float* data = nullptr;
-    size_t floats = 0;
-
-    Piece() = default;
-    Piece(Piece&& other) noexcept : data(other.data), floats(other.floats) { other.data = nullptr; }
-    ~Piece() { release(); }
-    void release() {
-      ::operator delete(data, std::align_val_t(kPageBytes));
-      data = nullptr;
-      floats = 0;
-    }
-  };
-  static std::vector<Piece>& pieces() {
-    static thread_local std::vector<Piece> all;
+  static std::vector<Buffer>& buffers() {
+    static thread_local std::vector<Buffer> all;
     return all;
   }
 
