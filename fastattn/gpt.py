@@ -33,6 +33,7 @@ from .modules import (
     MLPName,
     NormName,
     RotaryEmbedding,
+    TiedEmbedding,
     check_tokens,
     default_n_inner,
     make_norm,
@@ -191,17 +192,20 @@ class GPT(nn.Module):
         Raises ValueError if the context would be longer than block_size or than the cache.
         """
         check_tokens(idx)
-        T = idx.shape[1]
+        return self._transform(self.wte(idx), cache, backend)
+
+    def _transform(self, x: Tensor, cache: KVCache | None, backend: str | None) -> Tensor:
+        """Looked up tokens x (B, T, C) to the last norm's output (B, T, C)."""
+        T = x.shape[1]
         context, limit = T, self.config.block_size
         if cache is not None:
             context, limit = T + cache.length, min(limit, cache.max_seqlen)
         if context > limit:
             raise ValueError(f"GPT: {context} tokens are more than the context of {limit}")
 
-        positions = torch.arange(T, device=idx.device)  # (T,)
+        positions = torch.arange(T, device=x.device)  # (T,)
         if cache is not None and cache.length > 0:
             positions = cache.seqlens[:, None] + positions  # (B, T)
-        x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(positions)
         rotation = None if self.rotary is None else self.rotary(positions)
@@ -239,9 +243,14 @@ class GPT(nn.Module):
         """
         if targets is None:
             return self.logits(self.hidden(idx, backend=backend))
+        check_tokens(idx)
+        if self.lm_head is not None or torch.compiler.is_compiling():
+            x, head_weight = self.wte(idx), self.head_weight
+        else:
+            x, head_weight = TiedEmbedding.apply(idx, self.wte.weight)
         return linear_cross_entropy(
-            self.hidden(idx, backend=backend),
-            self.head_weight,
+            self._transform(x, None, backend),
+            head_weight,
             targets,
             softcap=self.config.logit_softcap,
             reduction=reduction,

@@ -122,7 +122,13 @@ def test_loss_is_cross_entropy_of_the_logits(config):
     rows = model(idx, targets, reduction="none")
     torch.testing.assert_close(rows.flatten(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(idx, targets, reduction="sum"), want.sum())
-    torch.testing.assert_close(model(idx, targets), want.sum() / (targets >= 0).sum())
+    loss, mean = model(idx, targets), want.sum() / (targets >= 0).sum()
+    torch.testing.assert_close(loss, mean)
+    leaves = list(model.parameters())  # among them a tied wte, with a gradient from either end
+    for got, expected in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(mean, leaves), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 @each_config
