@@ -146,9 +146,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        separate[name] = (
-            tensor.clone() if storage in seen else tensor
-        )  # tied: the format has no views
+        tied = storage in seen  # the format has no views
+        separate[name] = tensor.clone() if tied else tensor
         seen.add(storage)
     save_file(separate, path)
     descriptor = os.open(path, os.O_RDWR)
