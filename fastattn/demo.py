@@ -10,13 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import info, report, trainer
+from . import checkpoint, info, report, trainer
 from .attention import attention, explain
 from .data import prepare
-from .generate import generate
-from .gpt import GPT
 from .presets import PRESETS
-from .trainer import Trainer
+from .trainer import StepResult, Trainer
 
 PROMPT = "ROMEO:\n"
 
@@ -40,12 +38,13 @@ def demo(out: Path, minutes: float) -> None:
     print(compare_paths(trained))
 
     heading("A sample")
-    print(sample(trained.model, trained))
+    print(sample(trained))
 
     heading("Where things are")
-    print(f"run folder   {out}  (log.jsonl, config.json, checkpoints)")
-    print(f"loss curve   {out / report.PLOT}")
-    print(f"more text    fastattn generate {out} --prompt 'JULIET:'")
+    print(f"loss curve  {out / report.PLOT}")
+    print(f"log         {out / report.LOG}")
+    print(f"checkpoint  {checkpoint.latest(out / trainer.CHECKPOINTS)}")
+    print(f"more text   fastattn generate {out} --prompt 'JULIET:'")
 
 
 def heading(title: str) -> None:
@@ -99,27 +98,26 @@ def compare_paths(trained: Trainer, steps: int = 5) -> str:
         batch_size=1,
         tokens_per_step=LONG,
     )
-    lines = [f"{'':<28}{'time a step':>14}{'peak memory':>14}{'loss, first and last step':>28}"]
+    lines = [f"{'':<24}{'time a step':>14}{'peak memory':>14}   {'loss, first and last step':>26}"]
     for config in (c, long):
-        lines.append(f"{config.batch_size} windows of {config.T} tokens")
+        lines.append(f"{config.batch_size} × {config.T} tokens")
         trainers = {}
         for path, backend in PATHS.items():
-            t = Trainer(dataclasses.replace(config, backend=backend))
-            t.model.load_state_dict(trained.model.state_dict())
-            trainers[path] = t
-        results = {path: [] for path in PATHS}
+            trainers[path] = Trainer(dataclasses.replace(config, backend=backend))
+            trainers[path].model.load_state_dict(trained.model.state_dict())
+        results: dict[str, list[StepResult]] = {path: [] for path in PATHS}
         for _ in range(steps):
             for path, t in trainers.items():
                 results[path].append(t.train_step())
         for path, t in trainers.items():
-            seconds = statistics.median(result.seconds for result in results[path][1:])
+            milliseconds = 1e3 * statistics.median(r.seconds for r in results[path][1:])
             peak = peak_memory(t.train_step)
             memory = "n/a" if peak is None else f"{peak / 2**20:.0f} MiB"
             first, last = results[path][0].loss, results[path][-1].loss
             lines.append(
-                f"  {path:<26}{1e3 * seconds:>11.1f} ms{memory:>14}{first:>17.6f}{last:>11.6f}"
+                f"  {path:<22}{milliseconds:>11.1f} ms{memory:>14}   {first:>13.6f}{last:>13.6f}"
             )
-    lines.append(f"times: medians of {steps - 1} steps, taken in turn; memory: above what was held")
+    lines += ["", f"time: median of {steps - 1} steps taken in turn; memory: beyond what was held"]
     return "\n".join(lines)
 
 
@@ -145,7 +143,7 @@ def resident(name: str) -> int:
 # ---- sample ------------------------------------------------------------------------------------
 
 
-def sample(model: GPT, t: Trainer) -> str:
+def sample(t: Trainer) -> str:
     prompt = torch.tensor([t.tokenizer.encode(PROMPT)])
-    tokens = generate(model, prompt, max_new_tokens=500, temperature=0.8, seed=7)
+    tokens = t.model.generate(prompt, max_new_tokens=500, temperature=0.8, seed=7)
     return t.tokenizer.decode(tokens[0])

@@ -47,6 +47,7 @@ from .tokenizer import BPETokenizer, Tokenizer
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 IGNORED = -100  # the target that counts for nothing
+EVAL_BATCH_TOKENS = 8192  # at a time at least: without gradients they take little memory
 
 
 class StepResult(NamedTuple):
@@ -82,6 +83,10 @@ class Trainer:
     def flops_per_step(self) -> int:
         return self.tokens_per_step * self.model.flops_per_token(self.config.T)
 
+    @property
+    def eval_batch_size(self) -> int:
+        return max(self.config.batch_size, EVAL_BATCH_TOKENS // self.config.T)
+
     def train_step(self) -> StepResult:
         """One optimizer step. Raises FloatingPointError if the loss is not finite."""
         c, begin = self.config, time.perf_counter()
@@ -109,7 +114,7 @@ class Trainer:
     def evaluate(self, windows: int | None) -> float:
         """Validation loss in nats a token, over so many fixed windows or, with None, over all."""
         c = self.config
-        batches = eval_batches(self.val_data.tokens, c.T, c.batch_size, windows)
+        batches = eval_batches(self.val_data.tokens, c.T, self.eval_batch_size, windows)
         with self._autocast():
             return mean_loss(self.model, map(self._to_device, batches), backend=c.backend)
 
@@ -234,6 +239,7 @@ def fit_steps(config: TrainConfig, seconds: float) -> TrainConfig:
     Decided once, before the run: with a schedule over steps the run can be resumed bit for bit,
     with one over elapsed time it could not.
     """
+    print(f"timing a few steps, to fit into {report.clock(seconds)}", flush=True)
     begin = time.perf_counter()
     trial = Trainer(config)
     trial.train_step()  # the first uses everything for the first time
@@ -243,9 +249,9 @@ def fit_steps(config: TrainConfig, seconds: float) -> TrainConfig:
     step_seconds = statistics.median(times)
 
     start = time.perf_counter()
-    trial.evaluate(trial.config.batch_size)
+    trial.evaluate(trial.eval_batch_size)
     windows = trial.config.eval_windows or len(trial.val_data) // trial.config.T
-    evaluation = (time.perf_counter() - start) * windows / trial.config.batch_size
+    evaluation = (time.perf_counter() - start) * windows / trial.eval_batch_size
     if config.eval_every:
         step_seconds += evaluation / config.eval_every
 

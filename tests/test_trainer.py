@@ -322,6 +322,7 @@ def test_steps_fit_the_time(config, monkeypatch):
     step = trainer.StepResult(1.0, 1.0, 1e-3, seconds=1.0)
     monkeypatch.setattr(Trainer, "train_step", spend(1.0, step))
     monkeypatch.setattr(Trainer, "evaluate", spend(0.5, 1.0))
+    monkeypatch.setattr(trainer, "EVAL_BATCH_TOKENS", 64)  # two windows, of the four below
     config = dataclasses.replace(config, eval_every=10, eval_tokens=4 * 32, steps=10**6)
     # 0.02 · 1000 s of trial and a batch; then 1 s a step and, every 10 and at the end, 2 batches.
     expected = (0.97 * 1000 - 1.0 - 20.5) / (1 + 1.0 / 10)
