@@ -336,7 +336,7 @@ def _run(
         return reference.attention(p)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    return AttentionFunction.apply(*p, deterministic, name)
+    return AttentionFunction.run(*p, deterministic, name)
 
 
 class AttentionFunction(FusedFunction):
@@ -359,7 +359,7 @@ class AttentionFunction(FusedFunction):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, dbias, dsinks = AttentionGradient.apply(
+        dq, dk, dv, dbias, dsinks = AttentionGradient.run(
             *tensors, *ctx.options, out, lse, dout, dlse, ctx.deterministic, ctx.backend
         )
         has_bias, has_sinks = tensors[4] is not None, tensors[6] is not None

@@ -13,11 +13,25 @@ NO_SECOND_BACKWARD = (
 )
 
 
+def wants_gradient(*args: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
 class FusedFunction(torch.autograd.Function):
-    """Base of Functions around raw operators: under vmap they run once for each mapped element."""
+    """Base of Functions around raw operators. Call them by `run`."""
+
+    @classmethod
+    def run(cls, *args):
+        """`apply`, with two faults of Dynamo (torch 2.13) kept from its callers."""
+        if torch.compiler.is_compiling():
+            if not wants_gradient(*args):  # it would hand its context to a forward of *args
+                return cls.forward(*args)
+            args = _unalias(args)  # it refuses a tensor that comes twice
+        return cls.apply(*args)
 
     @classmethod
     def vmap(cls, info, in_dims, *args):
+        """Once for each element of the mapped dimension."""
         if info.batch_size == 0:
             raise ValueError("fastattn's kernels can't be mapped over a dimension of size 0")
         results = []
@@ -32,7 +46,16 @@ class FusedFunction(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def gradient_function(compute: Callable) -> type[torch.autograd.Function]:
+def _unalias(args: tuple) -> tuple:
+    """Each tensor that came before, as a view of itself."""
+    distinct: list[Tensor] = []
+    for a in args:
+        again = isinstance(a, Tensor) and any(a is t for t in distinct)
+        distinct.append(a.view_as(a) if again else a)
+    return tuple(distinct)
+
+
+def gradient_function(compute: Callable) -> type[FusedFunction]:
     """`compute(*args)`, which makes gradients, as a Function whose own backward raises.
 
     Backward passes call this and not the bare operator, which vmap knows nothing of and which

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import chunked_loss, reference, validate
 from .attention import autocast
-from .autograd import FusedFunction, gradient_function
+from .autograd import FusedFunction, gradient_function, wants_gradient
 from .backends import requested
 from .problem import CrossEntropyProblem, LinearCrossEntropyProblem, last_stride_one
 
@@ -78,11 +78,11 @@ def cross_entropy(
     if name == "reference" or (name is None and input.dtype == torch.float64):
         validate.targets(p.target, vocab, ignore_index)
         loss, lse = reference.cross_entropy(p)
-    elif inplace and _wants_gradient(input) and not torch.compiler.is_compiling():
+    elif inplace and wants_gradient(input) and not torch.compiler.is_compiling():
         _check_overwritable(input, logits)
         return CrossEntropyInplaceFunction.apply(*p, scale, name)
     else:
-        loss, lse = CrossEntropyFunction.apply(*p, name)
+        loss, lse = CrossEntropyFunction.run(*p, name)
     reduced = loss.view(shape) if scale is None else loss.sum() * scale
     return (reduced, lse.view(shape)) if return_lse else reduced
 
@@ -145,11 +145,11 @@ def linear_cross_entropy(
         loss, lse = reference.linear_cross_entropy(
             p.x, linear_weight, p.target, linear_bias=linear_bias, **options
         )
-    elif scale is not None and not return_lse and _wants_gradient(*linear):
+    elif scale is not None and not return_lse and wants_gradient(*linear):
         wanted = (t is not None and t.requires_grad for t in linear)
-        return LinearCrossEntropyScalarFunction.apply(*p, scale, *wanted, workspace_bytes, name)[0]
+        return LinearCrossEntropyScalarFunction.run(*p, scale, *wanted, workspace_bytes, name)[0]
     else:
-        loss, lse = LinearCrossEntropyFunction.apply(*p, workspace_bytes, name)
+        loss, lse = LinearCrossEntropyFunction.run(*p, workspace_bytes, name)
     reduced = loss.view(shape) if scale is None else loss.sum() * scale
     return (reduced, lse.view(shape)) if return_lse else reduced
 
@@ -256,10 +256,6 @@ def _options(
     }
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _check_overwritable(input: Tensor, logits: Tensor) -> None:
     """The (N, V) logits are the input's own memory, and their rows don't overlap."""
     n, vocab = logits.shape
@@ -304,7 +300,7 @@ class CrossEntropyFunction(FusedFunction):
         logits, target, weight, lse = ctx.saved_tensors
         if dloss is None:
             dloss = torch.zeros_like(lse)
-        dlogits = CrossEntropyGradient.apply(
+        dlogits = CrossEntropyGradient.run(
             logits, target, weight, *ctx.options, lse, dloss, dlse, ctx.backend
         )
         return dlogits, *(None,) * 7
@@ -357,7 +353,7 @@ class LinearCrossEntropyFunction(FusedFunction):
         *tensors, lse = ctx.saved_tensors
         if dloss is None:
             dloss = torch.zeros_like(lse)
-        dx, dw, dbias = LinearCrossEntropyGradient.apply(
+        dx, dw, dbias = LinearCrossEntropyGradient.run(
             *tensors, *ctx.options, lse, dloss, dlse, ctx.workspace_bytes, ctx.backend
         )
         return dx, dw, dbias if tensors[2] is not None else None, *(None,) * 8
@@ -382,7 +378,7 @@ class LinearCrossEntropyScalarFunction(FusedFunction):
     def backward(ctx, dloss, *_):
         gradients = (None,) * 3
         if dloss is not None:
-            gradients = ScaledGradients.apply(dloss, *ctx.saved_tensors)
+            gradients = ScaledGradients.run(dloss, *ctx.saved_tensors)
         kept = (g if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
         return *kept, *(None,) * 12
 

@@ -47,9 +47,7 @@ def expected_of(case: Case, dtype: torch.dtype) -> tuple[Results, Results]:
 
 @pytest.mark.parametrize("dtype", public.KERNEL_DTYPES, ids=public.name_of)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_keeps_the_contract(
-    backend: str, case: Case, dtype: torch.dtype, poisoned: None
-) -> None:
+def test_keeps_the_contract(backend: str, case: Case, dtype: torch.dtype, poisoned: None) -> None:
     ours = attention_results(public.attention_on(backend), problem_of(case, dtype))
     assert ours["out"].dtype == dtype and ours["lse"].dtype == torch.float32
     assert ours["out"].is_contiguous()
@@ -256,7 +254,9 @@ def test_bias_of_minus_infinity_masks(backend: str) -> None:
     mask = torch.rand(1, 2, 9, 13) > 0.4
     mask[:, :, 4] = False
     bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    for name, ours in attention_results(public.attention_on(backend), p._replace(mask=mask)).items():
+    for name, ours in attention_results(
+        public.attention_on(backend), p._replace(mask=mask)
+    ).items():
         same = attention_results(public.attention_on(backend), p._replace(bias=bias))
         torch.testing.assert_close(same[name], ours)
 
@@ -269,9 +269,7 @@ def drop(backend: str, dropout_p: float, seed: int = 0) -> tuple[Tensor, Tensor]
     q, k = torch.zeros(1, 16, 2, 8), torch.zeros(1, 64, 2, 8)
     v = torch.eye(64)[None, :, None].expand(1, 64, 2, 64)
     torch.manual_seed(seed)
-    out, lse = fastattn.attention(
-        q, k, v, dropout_p=dropout_p, return_lse=True, backend=backend
-    )
+    out, lse = fastattn.attention(q, k, v, dropout_p=dropout_p, return_lse=True, backend=backend)
     return out.transpose(1, 2), lse
 
 
