@@ -27,9 +27,9 @@ struct KeyGradients {
 
 // What some keys of a block and some queries of a tile, in V vectors, give each other.
 // probs and dprobs are (kBlockK, kTileQ) scratch.
-template <int V, class Blocks, class Scores>
+template <int V, class Scores>
 static void backprop(const AttnFwdParams& p, const BwdTile& tile, Range queries,
-                     const Blocks& block, Range keys, const KeyGradients& grads, float* probs,
+                     const KeyBlock& block, Range keys, const KeyGradients& grads, float* probs,
                      float* dprobs, const Scores& scores) {
   const int64_t count = keys.size(), lane0 = queries.begin - tile.queries.begin;
   const float *k = block.k_row(keys.begin), *v_rows = block.v_row(keys.begin);

@@ -23,9 +23,9 @@ static void start_tile(const FwdTile& tile, int64_t head_dim_v, const float* sin
 
 // Some keys of a block against some queries of a tile, in V vectors. probs is (kBlockK, kTileQ)
 // scratch.
-template <int V, class Blocks, class Scores>
-static void attend(const AttnFwdParams& p, const FwdTile& tile, Range queries, const Blocks& block,
-                   Range keys, float* probs, const Scores& scores) {
+template <int V, class Scores>
+static void attend(const AttnFwdParams& p, const FwdTile& tile, Range queries,
+                   const KeyBlock& block, Range keys, float* probs, const Scores& scores) {
   const int64_t count = keys.size(), lane0 = queries.begin - tile.queries.begin;
   multiply<V>(count, p.head_dim, {block.k_row(keys.begin), block.ld_k, 1}, tile.q + lane0, kTileQ,
               probs, kTileQ, Set{});

@@ -7,37 +7,42 @@ static T* head_at(const void* tensor, const Strides& stride, int64_t batch, int6
          head * stride.head;
 }
 
-// Keys and values of a KV head, kBlockK at a time, as fp32 rows in scratch.
+// Some keys and values of a KV head as fp32 rows in scratch: the same to the arithmetic whatever
+// dtype they came from.
+struct KeyBlock {
+  const float* k_row(int64_t key) const { return k + (key - keys.begin) * ld_k; }
+  const float* v_row(int64_t key) const { return v + (key - keys.begin) * ld_v; }
+
+  int64_t ld_k, ld_v;
+  float *k, *v;
+  Range keys{};
+  bool k_finite = true, v_finite = true;
+};
+
+// The blocks of a KV head, kBlockK keys at a time, one loaded.
 template <class T>
-class KeyBlocks {
+class KeyBlocks : public KeyBlock {
  public:
   KeyBlocks(const AttnFwdParams& p, const Sequence& s, int64_t head_k, Scratch& scratch)
-      : ld_k(round_up(p.head_dim, kPad)),
-        ld_v(round_up(p.head_dim_v, kPad)),
-        p_(p),
+      : p_(p),
         k_source_(head_at<const T>(p.k, p.k_stride, s.batch, s.k_row, head_k)),
-        v_source_(head_at<const T>(p.v, p.v_stride, s.batch, s.k_row, head_k)),
-        k_(scratch.take(kBlockK * ld_k)),
-        v_(scratch.take(kBlockK * ld_v)) {}
+        v_source_(head_at<const T>(p.v, p.v_stride, s.batch, s.k_row, head_k)) {
+    ld_k = round_up(p.head_dim, kPad);
+    ld_v = round_up(p.head_dim_v, kPad);
+    k = scratch.take(kBlockK * ld_k);
+    v = scratch.take(kBlockK * ld_v);
+  }
 
   void load(Range block) {
     keys = block;
     const int64_t k_seq = p_.k_stride.seq, v_seq = p_.v_stride.seq, n = keys.begin;
-    k_finite = load_rows(k_source_ + n * k_seq, k_seq, keys.size(), p_.head_dim, k_, ld_k);
-    v_finite = load_rows(v_source_ + n * v_seq, v_seq, keys.size(), p_.head_dim_v, v_, ld_v);
+    k_finite = load_rows(k_source_ + n * k_seq, k_seq, keys.size(), p_.head_dim, k, ld_k);
+    v_finite = load_rows(v_source_ + n * v_seq, v_seq, keys.size(), p_.head_dim_v, v, ld_v);
   }
-
-  const float* k_row(int64_t key) const { return k_ + (key - keys.begin) * ld_k; }
-  const float* v_row(int64_t key) const { return v_ + (key - keys.begin) * ld_v; }
-
-  const int64_t ld_k, ld_v;
-  Range keys{};  // of the block that is loaded
-  bool k_finite = true, v_finite = true;
 
  private:
   const AttnFwdParams& p_;
   const T *k_source_, *v_source_;
-  float *k_, *v_;
 };
 
 // Calls body(range) for each block with keys that a query of `queries` sees. Blocks start at
