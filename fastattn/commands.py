@@ -30,9 +30,11 @@ def parse(
     command: type[T], name: str, argv: list[str], *, default: T | None = None, more: str = ""
 ) -> T:
     description = textwrap.dedent(f"    {command.__doc__}") + more
-    return tyro.cli(
+    parsed = tyro.cli(
         command, prog=f"fastattn {name}", description=description, args=argv, default=default
     )
+    assert parsed is not None
+    return parsed
 
 
 # ---- prepare -----------------------------------------------------------------------------------

@@ -145,8 +145,15 @@ def attention_choice(t: Trainer) -> list[str]:
     dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
     q = torch.empty(c.batch_size, c.T, m.n_head, m.head_dim, dtype=dtype, device=t.device)
     k = torch.empty(c.batch_size, c.T, m.kv_heads, m.head_dim, dtype=dtype, device=t.device)
-    options = {"window": (m.window, 0), "softcap": m.attn_softcap, "dropout_p": m.dropout}
-    return str(explain(q, k, k, causal=True, backend=c.backend, **options)).splitlines()
+    verdicts = explain(
+        *(q, k, k),
+        causal=True,
+        window=(m.window, 0),
+        softcap=m.attn_softcap,
+        dropout_p=m.dropout,
+        backend=c.backend,
+    )
+    return str(verdicts).splitlines()
 
 
 # ---- terminal ----------------------------------------------------------------------------------
