@@ -9,7 +9,7 @@ reading them needs no device sync.
 from __future__ import annotations
 
 import itertools
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .problem import AttentionProblem, DecodeProblem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
+LARGEST = sys.float_info.max
 
 
 # ---- tensors ----
@@ -123,22 +124,22 @@ def window(causal: bool, window: tuple[int, int]) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise ValueError(f"window must be a pair (left, right), got {window!r}") from None
     for side, n in (("left", left), ("right", right)):
-        if not hasattr(n, "__index__"):
-            raise TypeError(f"window {side} must be an integer, got {n!r}")
+        if not isinstance(n, (int, torch.SymInt)):
+            raise TypeError(f"window {side} must be an int, got {n!r}")
         if n < -1:
             raise ValueError(f"window {side} must be ≥ -1 (-1 is unlimited), got {n!r}")
     return left, 0 if causal else right
 
 
-def number(name: str, x: float, low: float = -math.inf, high: float = math.inf) -> float:
+def number(name: str, x: float, low: float = -LARGEST, high: float = LARGEST) -> float:
     """x as a finite float in [low, high]."""
     try:
         x = float(x)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {x!r}") from None
-    if not (low <= x <= high) or math.isinf(x):
-        limits = f"finite and ≥ {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be {'finite' if math.isinf(low) else limits}, got {x!r}")
+    if not (low <= x <= high):  # no isinf: Dynamo traces floats by comparisons alone
+        limits = [f"≥ {low:g}"] * (low > -LARGEST) + [f"≤ {high:g}"] * (high < LARGEST)
+        raise ValueError(f"{name} must be {' and '.join(['finite', *limits])}, got {x!r}")
     return x
 
 

@@ -26,7 +26,7 @@ def drawn_seed() -> Tensor:
 
 
 def attention(p: AttentionProblem, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the public function; with dropout, of the problem whose seed is drawn_seed()."""
+    """(out, lse) of the public function. It draws drawn_seed(), which p.seed should be."""
     causal = p.window_right == 0
     options = {
         "causal": causal,

@@ -26,7 +26,6 @@ from fastattn.testing import (
     to_float64,
 )
 
-
 # --- the shared grid ------------------------------------------------------------------------------
 
 _expected: dict[tuple[str, torch.dtype], tuple[Results, Results]] = {}
