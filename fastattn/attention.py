@@ -330,8 +330,10 @@ def _run(
     name = requested(backend)
     if p.dropout_p > 0:
         p = p._replace(seed=torch.randint(2**63 - 1, (), device=p.q.device))
-    # The reference runs as plain PyTorch, twice differentiable; fp64 has nothing else.
-    if name == "reference" or (name is None and p.q.dtype == torch.float64):
+    # The reference, all there is for fp64, runs as plain PyTorch, twice differentiable. When compiled
+    # it is an operator as the others, for it looks into tensors.
+    reference_asked = name == "reference" or (name is None and p.q.dtype == torch.float64)
+    if reference_asked and not torch.compiler.is_compiling():
         validate.packed_offsets(p)
         return reference.attention(p)
     if deterministic is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -130,28 +131,29 @@ def test_losses_on_meta() -> None:
 # --- functions to transform -----------------------------------------------------------------------
 
 
+BACKEND = "cpu"  # what these functions run on; see test_the_reference_compiles
+
+
 def attention_loss(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> Tensor:
-    out, lse = fastattn.attention(
-        q, k, v, causal=True, bias=bias, sinks=sinks, softcap=5.0, return_lse=True, backend="cpu"
-    )
+    options = {"causal": True, "softcap": 5.0, "return_lse": True, "backend": BACKEND}
+    out, lse = fastattn.attention(q, k, v, bias=bias, sinks=sinks, **options)
     return out.square().sum() + lse.sum()
 
 
 def cross_entropy_loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     target = torch.arange(x.shape[0], device=x.device)
-    return fastattn.cross_entropy(x @ w.T + b, target, z_loss=0.1, backend="cpu")
+    return fastattn.cross_entropy(x @ w.T + b, target, z_loss=0.1, backend=BACKEND)
 
 
 def linear_loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     target = torch.arange(x.shape[0], device=x.device)
-    return fastattn.linear_cross_entropy(x, w, target, linear_bias=b, backend="cpu")
+    return fastattn.linear_cross_entropy(x, w, target, linear_bias=b, backend=BACKEND)
 
 
 def linear_rows_loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     target = torch.arange(x.shape[0], device=x.device)
-    loss, lse = fastattn.linear_cross_entropy(
-        x, w, target, linear_bias=b, reduction="none", return_lse=True, backend="cpu"
-    )
+    options = {"reduction": "none", "return_lse": True, "backend": BACKEND}
+    loss, lse = fastattn.linear_cross_entropy(x, w, target, linear_bias=b, **options)
     return (loss * lse).sum()
 
 
@@ -196,6 +198,17 @@ def test_compiles_whole_with_gradients(function: Loss, make_inputs: Inputs) -> N
         assert_all_equal([compiled(*inputs)], [function(*inputs)], False)
     with torch.inference_mode():
         assert_all_equal([compiled(*inputs)], [function(*inputs)], False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=public.name_of)
+@pytest.mark.parametrize(("function", "make_inputs"), FUNCTIONS)
+def test_the_reference_compiles(
+    function: Loss, make_inputs: Inputs, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "BACKEND", "reference")
+    inputs = [t.detach().to(dtype).requires_grad_() for t in make_inputs()]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_all_equal(value_and_grads(compiled, inputs), value_and_grads(function, inputs), False)
 
 
 def two_losses(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor, w: Tensor) -> Tensor:
@@ -287,14 +300,6 @@ def test_compiled_code_is_held_to_memory_safety(what: str) -> None:
         function(*arguments)
     with pytest.raises(error):
         torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
-
-
-class Model(torch.nn.Module):
-    def forward(self, q: Tensor, k: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        x = fastattn.attention(q, k, k, causal=True)
-        s = fastattn.scaled_dot_product_attention(*(q.transpose(1, 2),) * 3, is_causal=True)
-        loss = fastattn.cross_entropy(x.flatten(0, 2), target)
-        return loss, fastattn.linear_cross_entropy(x.flatten(2).mean(1), q.flatten(1), s.argmax())
 
 
 @pytest.mark.parametrize("strict", [False, True])
