@@ -330,8 +330,8 @@ def _run(
     name = requested(backend)
     if p.dropout_p > 0:
         p = p._replace(seed=torch.randint(2**63 - 1, (), device=p.q.device))
-    # The reference, all there is for fp64, runs as plain PyTorch, twice differentiable. When compiled
-    # it is an operator as the others, for it looks into tensors.
+    # The reference, all there is for fp64, runs as plain PyTorch, twice differentiable; but as an
+    # operator, as the others, when it is compiled, for it looks into tensors.
     reference_asked = name == "reference" or (name is None and p.q.dtype == torch.float64)
     if reference_asked and not torch.compiler.is_compiling():
         validate.packed_offsets(p)
