@@ -283,7 +283,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
     peak = device_peak(t.device, torch.bfloat16 if c.precision == "bf16" else torch.float32)
     print(report.describe(t, peak), flush=True)
     log = report.RunLog(folder, step=t.step, tensorboard=c.tensorboard)
-    if not resume:
+    if t.step == 0:
         log.write("config", **to_dict(c))
     log.write("start", step=t.step, torch=torch.__version__, threads=torch.get_num_threads())
     bar = report.Progress(c.steps, t.tokens_per_step, t.flops_per_step, peak, step=t.step)

@@ -161,6 +161,16 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.02)
 
 
+def test_run_killed_before_its_first_checkpoint_starts_anew(config, monkeypatch):
+    monkeypatch.setattr(Trainer, "save", lambda self, folder: None)
+    train(dataclasses.replace(config, steps=3))
+    monkeypatch.undo()
+    resumed = train(dataclasses.replace(config, steps=3), resume=True)
+    assert resumed.step == 3
+    assert read_log(config.out)[0]["event"] == "config"
+    assert [line["step"] for line in events(config.out, "step")] == [1, 2, 3]
+
+
 def test_finished_run_resumed_stays_as_it_is(config):
     first = train(config)
     before = tensors_of(first)
