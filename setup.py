@@ -1,7 +1,8 @@
 """Builds fastattn/_C.abi3.so: the CPU kernels and their bindings. Metadata is in pyproject.toml.
 
-torch is no build requirement (an isolated build would fetch gigabytes of it): install it first and pass
-`--no-build-isolation`. Without torch the package is built without kernels and `fastattn info` says so.
+torch is no build requirement (an isolated build would fetch gigabytes of it): install it first and
+pass `--no-build-isolation`. Without torch the package is built without kernels and `fastattn info`
+says so.
 """
 
 import os
@@ -20,7 +21,8 @@ def c_extension(cpp_extension):
         str(p.relative_to(ROOT)) for p in [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")]
     )
     headers = sorted(str(p.relative_to(ROOT)) for p in [*csrc.glob("*.h"), *csrc.glob("cpu/*.h")])
-    # No fused multiply-add that the source doesn't spell: the scalar kernels and the reference agree more closely.
+    # No fused multiply-add that the source doesn't spell: the scalar kernels and the
+    # reference agree more closely.
     compile_args = [
         "-O2",
         "-std=c++17",

@@ -1,8 +1,10 @@
-"""The CPU kernels against PyTorch's own: `python -m benchmarks.bench_cpu [--quick] [--only attention decode …]`.
+"""The CPU kernels against PyTorch's own: `python -m benchmarks.bench_cpu [--quick] [--only
+attention decode …]`.
 
-Prints a table (ours, torch, their ratio, the share of the measured GEMM or memory-read speed that ours reaches, errors against
-fp64) and writes JSON and a plot into benchmarks/results/. Everything goes through the public API, autograd included. Peers get the
-layout they like best: (B, H, S, D) contiguous for torch, (B, S, H, D) contiguous for us, the same values. Needs fastattn[bench].
+Prints a table (ours, torch, their ratio, the share of the measured GEMM or memory-read speed that
+ours reaches, errors against fp64) and writes JSON and a plot into benchmarks/results/. Everything
+goes through the public API, autograd included. Peers get the layout they like best: (B, H, S, D)
+contiguous for torch, (B, S, H, D) contiguous for us, the same values. Needs fastattn[bench].
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ VOCAB = 50257  # GPT-2's
 
 @dataclasses.dataclass
 class Case:
-    """One row of the table: competitors, of which "ours" and "torch" are compared, and the work they do."""
+    """One row of the table: competitors, of which "ours" and "torch" are compared, and their work."""
 
     suite: str
     name: str
@@ -219,7 +221,7 @@ def _loss_backward(run, *leaves: Tensor):
 
 
 def _attention_errors(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, float]:
-    """Forward errors on the first head of the first sequence (fp64 scores of all would be large)."""
+    """Forward errors on one head of one sequence (fp64 scores of all would be large)."""
     one = [t[:1, :, :1] for t in (q, k, v)]
     ref64 = fastattn.attention(*(t.double() for t in one), causal=causal, backend="reference")
     theirs = F.scaled_dot_product_attention(
@@ -342,8 +344,9 @@ def main() -> None:
                 progress.advance(bar)
     print_table(results)
     print(
-        f"Ceilings, best of this run: fp32 matrix product {ceilings.gemm_flops / 1e9:.0f} GFLOP/s, memory read "
-        f"{ceilings.read_bytes / 1e9:.1f} GB/s. Share of peak: least possible time by these, over ours."
+        f"Ceilings, best of this run: fp32 matrix product {ceilings.gemm_flops / 1e9:.0f} GFLOP/s,"
+        f" memory read {ceilings.read_bytes / 1e9:.1f} GB/s. Share of peak: least possible time by"
+        " these, over ours."
     )
     m = machine()
     out = args.out or RESULTS / f"cpu-{m['isa']}-{m['threads']}threads-{m['commit']}.json"

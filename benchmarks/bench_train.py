@@ -1,8 +1,10 @@
-"""A training step of GPT-2 small's shape, ours against PyTorch's own: `python -m benchmarks.bench_train [--quick]`.
+"""A training step of GPT-2 small's shape, ours against PyTorch's own: `python -m
+benchmarks.bench_train [--quick]`.
 
-One model, one optimizer, two ways to compute attention and loss: fastattn's kernels, or torch's scaled_dot_product_attention and
-F.cross_entropy on whole logits. Steps alternate; a step is forward, backward, clipping and AdamW in fp32. Peak memory is that of
-the process above weights, gradients and optimizer state, each way in a process of its own. Needs fastattn[bench,train].
+One model, one optimizer, two ways to compute attention and loss: fastattn's kernels, or torch's
+scaled_dot_product_attention and F.cross_entropy on whole logits. Steps alternate; a step is
+forward, backward, clipping and AdamW in fp32. Peak memory is that of the process above weights,
+gradients and optimizer state, each way in a process of its own. Needs fastattn[bench,train].
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class Trainee:
 
 
 def peak_bytes(path: str, quick: bool) -> int:
-    """Peak resident memory of training steps in this process, above its state and what was there before the model."""
+    """Peak resident memory of training steps in this process, above its state and all before."""
 
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text().splitlines()
@@ -142,7 +144,8 @@ def main() -> None:
             f"peak memory above state {peaks[name] / 2**20:6.0f} MiB"
         )
     print(
-        f"ours is {theirs / ours:.3f}× as fast with {100 * peaks['ours'] / peaks['torch']:.0f} % of the memory"
+        f"ours is {theirs / ours:.3f}× as fast"
+        f" with {100 * peaks['ours'] / peaks['torch']:.0f} % of the memory"
     )
     result = {
         "suite": "train step",

@@ -1,8 +1,10 @@
-"""How everything here is timed: competitors interleaved in one process on the same values, medians, a floor beside each.
+"""How everything here is timed: competitors interleaved in one process on the same values,
+medians, a floor beside each.
 
-A round calls every competitor once, A B C A B C …, so that what else the machine does hits all alike; a matrix product of known
-speed is timed in every round too, and rounds in which it ran below 90 % of its best are dropped (at least half are kept).
-Errors are against fp64. Results go to JSON stamped with all one needs to know about the machine.
+A round calls every competitor once, A B C A B C …, so that what else the machine does hits all
+alike; a matrix product of known speed is timed in every round too, and rounds in which it ran below
+90 % of its best are dropped (at least half are kept). Errors are against fp64. Results go to JSON
+stamped with all one needs to know about the machine.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclasses.dataclass
 class Competitor:
-    """A way to compute the case. `before` runs untimed ahead of every call, e.g. to restore an overwritten input."""
+    """A way to compute the case. `before` runs untimed ahead of every call, to restore inputs."""
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None

@@ -1,7 +1,7 @@
 """Writes the README's results from committed JSON: `python -m benchmarks.readme_table [--check]`.
 
-Everything between the markers in README.md comes from the newest cpu-*.json and train-*.json in benchmarks/results/, never from a
-hand. `--check` fails if the README is not what the files say.
+Everything between the markers in README.md comes from the newest cpu-*.json and train-*.json in
+benchmarks/results/, never from a hand. `--check` fails if the README is not what the files say.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def newest(pattern: str) -> dict | None:
 def conditions(document: dict) -> str:
     m, c = document["machine"], document["ceilings"]
     return (
-        f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, {m['date'][:10]}, commit {m['commit']}; medians of "
-        f"interleaved calls through the public API; measured ceilings {c['gemm_flops'] / 1e9:.0f} GFLOP/s (fp32 matrix product) and "
+        f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, {m['date'][:10]},"
+        f" commit {m['commit']}; medians of interleaved calls through the public API; measured"
+        f" ceilings {c['gemm_flops'] / 1e9:.0f} GFLOP/s (fp32 matrix product) and "
         f"{c['read_bytes'] / 1e9:.1f} GB/s (memory read)"
     )
 
@@ -83,7 +84,8 @@ def main() -> None:
         readme.write_text(wanted)
     elif readme.read_text() != wanted:
         sys.exit(
-            "README.md's results are not what benchmarks/results says: run python -m benchmarks.readme_table"
+            "README.md's results are not what benchmarks/results says:"
+            " run python -m benchmarks.readme_table"
         )
 
 

@@ -1,6 +1,6 @@
 """fastattn: exact attention and cross-entropy through hand-written kernels, for PyTorch."""
 
-from . import ops as _ops  # registers torch.ops.fastattn.*
+from . import ops as _ops  # noqa: F401, registers torch.ops.fastattn.*
 from .attention import (
     attention,
     attention_varlen,

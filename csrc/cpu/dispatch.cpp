@@ -25,7 +25,8 @@ const Kernels& choose() {
     if (any || std::string(forced) == k->isa) return *k;
     usable += std::string(usable.empty() ? "" : ", ") + k->isa;
   }
-  throw std::runtime_error("FASTATTN_CPU_ISA=" + std::string(forced) + " can't be used here; usable: " + usable);
+  throw std::runtime_error("FASTATTN_CPU_ISA=" + std::string(forced) +
+                           " can't be used here; usable: " + usable);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Storage types of tensor elements and their scalar conversions to and from fp32 (round to nearest even).
+// Storage types of tensor elements and their scalar conversions to and from fp32 (round to nearest
+// even).
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,10 @@ inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bit_float(uint32_t(x.bits) << 16); }
 inline float to_float(fp16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return bit_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
-  // Shift the exponent up by 2⁻¹¹² instead of branching on denormals: the multiply renormalises them.
+  if (magnitude >= 0x7c00)
+    return bit_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
+  // Shift the exponent up by 2⁻¹¹² instead of branching on denormals: the multiply renormalises
+  // them.
   return bit_float(sign | float_bits(bit_float(magnitude << 13) * 0x1p112f));
 }
 
@@ -50,7 +53,8 @@ inline void from_float(float x, fp16* out) {
     out->bits = uint16_t(sign | 0x7e00);
   } else if (magnitude >= 0x477ff000) {  // 65520 and up rounds to infinity
     out->bits = uint16_t(sign | 0x7c00);
-  } else if (magnitude < 0x38800000) {  // below 2⁻¹⁴: adding 0.5 aligns the fp16 denormal at the last mantissa bits
+  } else if (magnitude < 0x38800000) {  // below 2⁻¹⁴: adding 0.5 aligns the fp16 denormal at the
+                                        // last mantissa bits
     out->bits = uint16_t(sign | (float_bits(bit_float(magnitude) + 0.5f) - 0x3f000000));
   } else {
     out->bits = uint16_t(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1)) - 0x38000000) >> 13);

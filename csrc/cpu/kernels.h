@@ -1,4 +1,5 @@
-// The CPU backend's face: one table of entry points per instruction set, and the threads they run on.
+// The CPU backend's face: one table of entry points per instruction set, and the threads they run
+// on.
 #pragma once
 
 #include <functional>
@@ -7,8 +8,8 @@
 
 namespace fastattn::cpu {
 
-// The caller's threads. run(count, task) calls task(0) … task(count - 1), each once, in about that order, and returns when
-// all are done. Kernels put their heaviest tasks first.
+// The caller's threads. run(count, task) calls task(0) … task(count - 1), each once, in about that
+// order, and returns when all are done. Kernels put their heaviest tasks first.
 class Pool {
  public:
   virtual ~Pool() = default;
@@ -23,11 +24,13 @@ struct Kernels {
   void (*attn_bwd)(const AttnBwdParams&, const Pool&);
   void (*attn_decode)(const AttnDecodeParams&, const Pool&);
   void (*cache_append)(const CacheAppendParams&, const Pool&);
-  void (*cross_entropy_fwd)(const CrossEntropyParams&, const Pool&);  // loss, lse; the gradient too where dlogits is set
+  void (*cross_entropy_fwd)(const CrossEntropyParams&,
+                            const Pool&);  // loss, lse; the gradient too where dlogits is set
   void (*cross_entropy_bwd)(const CrossEntropyParams&, const Pool&);  // the gradient from lse
 };
 
-// Best first. FASTATTN_CPU_ISA=scalar|avx2|avx512 forces one; throws std::runtime_error naming the usable ones otherwise.
+// Best first. FASTATTN_CPU_ISA=scalar|avx2|avx512 forces one; throws std::runtime_error naming the
+// usable ones otherwise.
 const Kernels& kernels();
 
 namespace avx512 {
