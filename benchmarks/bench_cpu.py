@@ -27,7 +27,7 @@ VOCAB = 50257  # GPT-2's
 
 @dataclasses.dataclass
 class Case:
-    """One row of the table: competitors, of which "ours" and "torch" are compared, and their work."""
+    """One row of the table: the competitors, "ours" and "torch" among them, and their work."""
 
     suite: str
     name: str
