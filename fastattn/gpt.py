@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import hf_gpt2
+from .elementwise import Activation
 from .generate import generate
 from .losses import linear_cross_entropy
 from .modules import (
@@ -30,7 +31,6 @@ from .modules import (
     CausalSelfAttention,
     KVCache,
     LayerCache,
-    MLPName,
     NormName,
     RotaryEmbedding,
     TiedEmbedding,
@@ -55,7 +55,7 @@ class GPTConfig:
     n_inner: int | None = None  # MLP width; None = 4 C, for swiglu 8/3 C
     norm: NormName = "layernorm"
     norm_eps: float = 1e-5
-    mlp: MLPName = "gelu"  # in its tanh form
+    mlp: Activation = "gelu"  # in its tanh form
     position: PositionName = "learned"
     rope_base: float = 10000.0
     qk_norm: bool = False  # RMS-normalise each query and key
@@ -69,7 +69,7 @@ class GPTConfig:
     eos_token_id: int | None = None  # where `generate` stops unless told otherwise
 
     def __post_init__(self) -> None:
-        for name, choices in (("norm", NormName), ("mlp", MLPName), ("position", PositionName)):
+        for name, choices in (("norm", NormName), ("mlp", Activation), ("position", PositionName)):
             value, allowed = getattr(self, name), get_args(choices)
             if value not in allowed:
                 raise ValueError(f"GPTConfig: {name} must be one of {allowed}, got {value!r}")
@@ -332,7 +332,7 @@ class GPT(nn.Module):
 
 
 def init_weights(model: GPT) -> None:
-    """GPT-2's initialisation: weights and embeddings N(0, init_std²), biases 0, norms 1.
+    """GPT-2's initialisation: weights and embeddings N(0, init_std²), biases 0. Norms stay 1.
 
     The 2 L projections that add to the residual stream are smaller by √(2 L), so that it does not
     grow with depth (Radford et al., 2019).
@@ -347,5 +347,3 @@ def init_weights(model: GPT) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            module.reset_parameters()

@@ -14,16 +14,28 @@ from torch import Tensor, nn
 
 from .attention import attention
 from .decode import attention_decode
+from .elementwise import Activation, activation_linear, rms_norm
 
 NormName = Literal["layernorm", "rmsnorm"]
-MLPName = Literal["gelu", "relu2", "swiglu"]
 
 
 def make_norm(name: NormName, size: int, *, eps: float = 1e-5, bias: bool = True) -> nn.Module:
     """LayerNorm (Ba et al., 2016), or RMSNorm (Zhang & Sennrich, 2019), which never has a bias."""
     if name == "layernorm":
         return nn.LayerNorm(size, eps=eps, bias=bias)
-    return nn.RMSNorm(size, eps=eps)
+    return RMSNorm(size, eps=eps)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` over the last axis, of `size` elements, with a learnt weight."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class TiedEmbedding(torch.autograd.Function):
@@ -195,7 +207,7 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm or rotation is not None:
             qk, v = qkv.split((H_q + H_k, H_k), dim=2)
             if self.qk_norm:
-                qk = F.rms_norm(qk, (self.head_dim,)).type_as(v)
+                qk = rms_norm(qk)
             if rotation is not None:
                 qk = rotate(qk, rotation)
             q, k = qk.split((H_q, H_k), dim=2)
@@ -243,7 +255,13 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, name: MLPName, n_embd: int, n_inner: int, *, bias: bool = True, dropout: float = 0.0
+        self,
+        name: Activation,
+        n_embd: int,
+        n_inner: int,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.name = name
@@ -253,17 +271,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.c_fc(x)
-        if self.name == "gelu":
-            h = F.gelu(h, approximate="tanh")
-        elif self.name == "relu2":
-            h = F.relu(h).square()
-        else:
-            gate, value = h.chunk(2, dim=-1)
-            h = F.silu(gate) * value
-        return self.dropout(self.c_proj(h))
+        return self.dropout(activation_linear(self.name, h, self.c_proj.weight, self.c_proj.bias))
 
 
-def default_n_inner(name: MLPName, n_embd: int) -> int:
+def default_n_inner(name: Activation, n_embd: int) -> int:
     """4 C; for swiglu 8/3 C, which has the same parameters, rounded up to a multiple of 32."""
     return 32 * math.ceil(n_embd / 12) if name == "swiglu" else 4 * n_embd
 

@@ -23,7 +23,7 @@ def textbook_attention(module, x, rotation=None):
     H_q, H_k, D = module.n_head, module.n_kv_head, module.head_dim
     q, k, v = module.c_attn(x).view(B, T, -1, D).split((H_q, H_k, H_k), dim=2)
     if module.qk_norm:
-        q, k = (t * (t.square().mean(-1, keepdim=True) + 1.2e-7).rsqrt() for t in (q, k))
+        q, k = (t * (t.square().mean(-1, keepdim=True) + 1e-5).rsqrt() for t in (q, k))
     if rotation is not None:
         q, k = rotate(q, rotation), rotate(k, rotation)
     distance = torch.arange(T)[:, None] - torch.arange(T)
