@@ -231,12 +231,11 @@ def test_loss_is_divided_by_valid_tokens_of_the_whole_step(config, monkeypatch):
 
 
 def test_reference_and_kernels_agree_for_50_steps(config):
-    """The same recipe on both paths: 50 losses, each within 1e-4 of the other's.
+    """The same recipe on both paths: 50 losses, each within 1e-5 of the other's.
 
-    Both compute in fp32, so a step's loss differs by rounding alone: some 1e-7 relative at first.
-    The differences feed back through the weights, and training amplifies them: over 50 steps by
-    less than a factor of 100 at this learning rate. That makes 1e-5; the bound leaves a factor of
-    ten for other processors' order of summation.
+    Both compute in fp32 and differ in the order of sums alone. A loss near 3.5 is stored to 2.4e-7,
+    and that is how much the paths were seen to differ, up to 5e-7, as the learning rate is too low
+    for training to amplify it. The bound leaves a factor of twenty for other processors.
     """
     paths = {}
     for backend in (None, "reference"):
@@ -245,7 +244,7 @@ def test_reference_and_kernels_agree_for_50_steps(config):
         )
         t = Trainer(adamw)
         paths[backend] = [t.train_step().loss for _ in range(50)]
-    assert paths[None] == pytest.approx(paths["reference"], abs=1e-4)
+    assert paths[None] == pytest.approx(paths["reference"], abs=1e-5)
     assert paths[None][-1] < paths[None][0] - 0.3  # it trained
 
 
