@@ -241,6 +241,25 @@ def test_bad_values_spread_as_in_eager(backend: str, where: str, value: float) -
     torch.testing.assert_close(out.double()[clean], expected[clean], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_packed_sequences_do_not_see_each_other(backend: str, where: str) -> None:
+    """NaN all over one of three neighbours in memory leaves the others' results as they were."""
+    case = Case("", packed=((5, 7), (66, 64), (3, 9)), head_dim=24, window=(-1, 0))
+    p = make_problem(case, torch.float32)
+    bad = getattr(p, where).clone()
+    first, end = (5, 71) if where == "q" else (7, 71)
+    bad[first:end] = math.nan
+    whole = attention_results(public.attention_on(backend), p)
+    spoiled = attention_results(public.attention_on(backend), p._replace(**{where: bad}))
+    for name in ("out", "dq"):
+        assert spoiled[name][5:71].isnan().any()
+        for rows in (slice(0, 5), slice(71, 74)):
+            assert torch.equal(spoiled[name][rows], whole[name][rows])
+    for name in ("dk", "dv"):
+        for rows in (slice(0, 7), slice(71, 80)):
+            assert torch.equal(spoiled[name][rows], whole[name][rows])
+
+
 def test_huge_scores_do_not_overflow(backend: str) -> None:
     q = torch.full((1, 3, 1, 64), 1e4)
     out, lse = fastattn.attention(q, q, q, return_lse=True, backend=backend)  # s = 8e8

@@ -366,6 +366,14 @@ def test_vmap_over_any_dimension() -> None:
         vmap(lambda q: fastattn.attention(q, q, q))(q[:0])
 
 
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_with_dropout(randomness: str) -> None:
+    x = torch.ones(2, 1, 16, 2, 8)
+    function = vmap(lambda x: fastattn.attention(x, x, x, dropout_p=0.5), randomness=randomness)
+    first, second = function(x)
+    assert torch.equal(first, second) == (randomness == "same")
+
+
 def test_batched_gradients() -> None:
     """jacrev, and autograd.grad with is_grads_batched, map the backward pass alone."""
     q, k, v = (torch.randn(1, 3, 1, 4) for _ in range(3))
