@@ -248,6 +248,7 @@ void cache_append(Tensor k_new, Tensor v_new, Tensor k_cache, Tensor v_cache, Te
   if (rotary_cos && rotary_sin) {
     p.rotary_cos = rotary_cos->const_data_ptr();
     p.rotary_sin = rotary_sin->const_data_ptr();
+    p.rotary_dtype = dtype_of(*rotary_cos);
     p.rotary_dim = 2 * rotary_cos->size(1);
     p.rotary_stride = rotary_cos->stride(0);
     p.rotary_interleaved = rotary_interleaved;

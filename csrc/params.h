@@ -96,7 +96,7 @@ struct AttnDecodeParams {
   int64_t num_splits;  // 0 = choose
 };
 
-// Rotates q into q_out and new keys into the cache, copies new values into the cache.
+// Rotates new keys into the cache, copies new values into the cache.
 struct CacheAppendParams {
   DType dtype;
   int64_t batch, seqlen_new, heads_k, head_dim, head_dim_v;
@@ -106,8 +106,9 @@ struct CacheAppendParams {
   Strides k_stride, v_stride;
   const int32_t *cache_seqlens, *cache_batch_idx, *block_table;
   int64_t block_table_stride, page_size;
-  // Rotary: cos/sin are (positions, rotary_dim / 2) of dtype `dtype`, row stride rotary_stride; null = none.
+  // Rotary: cos/sin are (positions, rotary_dim / 2) of dtype `rotary_dtype`, row stride rotary_stride; null = none.
   const void *rotary_cos, *rotary_sin;
+  DType rotary_dtype;
   int64_t rotary_dim, rotary_stride;
   bool rotary_interleaved;
 };

@@ -7,6 +7,8 @@
 #include "key_blocks.inl.h"
 #include "attn_fwd.inl.h"
 #include "attn_bwd.inl.h"
+#include "cache_append.inl.h"
+#include "decode_tile.inl.h"
 #include "attn_decode.inl.h"
 #include "cross_entropy.inl.h"
 

@@ -15,12 +15,12 @@ constexpr int64_t kUnitQueries = kBwdTiles * kTileQ;
 struct BwdTile {
   Range queries;
   float *q, *dout, *dq;       // (D, kTileQ), (D_v, kTileQ), (D, kTileQ): transposed
-  float *q_rows, *dout_rows;  // (kTileQ, ld_k), (kTileQ, ld_v)
+  float *q_rows, *dout_rows;  // (kTileQ, padded(D)), (kTileQ, padded(D_v))
   float *lse, *delta;         // (kTileQ)
   bool finite;                // all of q and dout
 };
 
-// fp32 (S_k, ld) of one KV head: dK and dV, not yet scaled.
+// dK and dV of one KV head in fp32, not yet scaled: (S_k, padded(D)), (S_k, padded(D_v)).
 struct KeyGradients {
   float *dk, *dv;
 };
@@ -32,10 +32,11 @@ static void backprop(const AttnFwdParams& p, const BwdTile& tile, Range queries,
                      const KeyBlock& block, Range keys, const KeyGradients& grads, float* probs,
                      float* dprobs, const Scores& scores) {
   const int64_t count = keys.size(), lane0 = queries.begin - tile.queries.begin;
-  const float *k = block.k_row(keys.begin), *v_rows = block.v_row(keys.begin);
-  multiply<V>(count, p.head_dim, {k, block.ld_k, 1}, tile.q + lane0, kTileQ, probs, kTileQ, Set{});
-  multiply<V>(count, p.head_dim_v, {v_rows, block.ld_v, 1}, tile.dout + lane0, kTileQ, dprobs,
-              kTileQ, Set{});
+  const float* k = block.k_row(keys.begin);
+  multiply<V>(count, p.head_dim, {k, block.k_stride, 1}, tile.q + lane0, kTileQ, probs, kTileQ,
+              Set{});
+  multiply<V>(count, p.head_dim_v, {block.v_row(keys.begin), block.v_stride, 1}, tile.dout + lane0,
+              kTileQ, dprobs, kTileQ, Set{});
 
   Vec lse[V], delta[V];
 #pragma GCC unroll 4
@@ -55,26 +56,25 @@ static void backprop(const AttnFwdParams& p, const BwdTile& tile, Range queries,
     }
   }
 
-  const float* q_rows = tile.q_rows + lane0 * block.ld_k;
-  const float* dout_rows = tile.dout_rows + lane0 * block.ld_v;
-  float *dk = grads.dk + keys.begin * block.ld_k, *dv = grads.dv + keys.begin * block.ld_v;
-  const Left keys_transposed{k, 1, block.ld_k};
-  if (Scores::kHides && !(tile.finite && block.k_finite)) {
-    multiply_add_seen<V>(count, queries.size(), block.ld_v, probs, dout_rows, dv, scores);
-    multiply_add_seen<V>(count, queries.size(), block.ld_k, dprobs, q_rows, dk, scores);
+  const int64_t ld_k = padded(p.head_dim), ld_v = padded(p.head_dim_v);
+  const float *q_rows = tile.q_rows + lane0 * ld_k, *dout_rows = tile.dout_rows + lane0 * ld_v;
+  float *dk = grads.dk + keys.begin * ld_k, *dv = grads.dv + keys.begin * ld_v;
+  const Left keys_transposed{k, 1, block.k_stride};
+  if (Scores::kHides && !(tile.finite && all_finite(k, block.k_stride, count, p.head_dim))) {
+    multiply_add_seen<V>(count, queries.size(), ld_v, probs, dout_rows, dv, scores);
+    multiply_add_seen<V>(count, queries.size(), ld_k, dprobs, q_rows, dk, scores);
     multiply_add_visible<V>(p.head_dim, count, keys_transposed, dprobs, tile.dq + lane0, scores);
     return;
   }
-  multiply_add(count, queries.size(), block.ld_v, {probs, kTileQ, 1}, dout_rows, dv);
-  multiply_add(count, queries.size(), block.ld_k, {dprobs, kTileQ, 1}, q_rows, dk);
+  multiply_add(count, queries.size(), ld_v, {probs, kTileQ, 1}, dout_rows, dv);
+  multiply_add(count, queries.size(), ld_k, {dprobs, kTileQ, 1}, q_rows, dk);
   multiply<V>(p.head_dim, count, keys_transposed, dprobs, kTileQ, tile.dq + lane0, kTileQ, Add{});
 }
 
 // Fills a tile from q, out, dout, lse and dlse. Returns its part of the sink's gradient, whose
 // probability is exp(sink − lse) and which has no value: −P·delta.
 template <class T>
-static double load_tile(const AttnBwdParams& b, const Sequence& s, int64_t head, int64_t ld_k,
-                        int64_t ld_v, BwdTile& tile) {
+static double load_tile(const AttnBwdParams& b, const Sequence& s, int64_t head, BwdTile& tile) {
   const AttnFwdParams& p = b.fwd;
   const int64_t row = s.q_row + tile.queries.begin, size = tile.queries.size();
   const T* q = head_at<const T>(p.q, p.q_stride, s.batch, row, head);
@@ -84,10 +84,11 @@ static double load_tile(const AttnBwdParams& b, const Sequence& s, int64_t head,
   const float* dlse =
       b.dlse ? b.dlse + s.batch * b.dlse_stride_batch + head * b.dlse_stride_head + row : nullptr;
 
-  const bool q_finite = load_rows(q, p.q_stride.seq, size, p.head_dim, tile.q_rows, ld_k);
-  const bool dout_finite =
-      load_rows(dout, b.dout_stride.seq, size, p.head_dim_v, tile.dout_rows, ld_v);
-  tile.finite = q_finite && dout_finite;
+  const int64_t ld_k = padded(p.head_dim), ld_v = padded(p.head_dim_v);
+  load_rows(q, p.q_stride.seq, size, p.head_dim, tile.q_rows);
+  load_rows(dout, b.dout_stride.seq, size, p.head_dim_v, tile.dout_rows);
+  tile.finite = all_finite(tile.q_rows, ld_k, size, p.head_dim) &&
+                all_finite(tile.dout_rows, ld_v, size, p.head_dim_v);
   pack_transposed(tile.q_rows, ld_k, size, p.head_dim, query_factor(p), tile.q);
   pack_transposed(tile.dout_rows, ld_v, size, p.head_dim_v, 1.0f, tile.dout);
   std::fill_n(tile.dq, p.head_dim * kTileQ, 0.0f);
@@ -129,9 +130,10 @@ static void backprop_share(const AttnBwdParams& b, const Sequence& s, int64_t he
   const Window window = make_window(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
   const int64_t group_size = p.heads_q / p.heads_k;
   const int64_t units = ceil_div(p.seqlen_q, kUnitQueries);
-  KeyBlocks<T> block(p, s, head_k, scratch);
-  std::fill_n(grads.dk, s.seqlen_k * block.ld_k, 0.0f);
-  std::fill_n(grads.dv, s.seqlen_k * block.ld_v, 0.0f);
+  const int64_t ld_k = padded(p.head_dim), ld_v = padded(p.head_dim_v);
+  const KeyBlocks<T> blocks(p, s, head_k, scratch);
+  std::fill_n(grads.dk, s.seqlen_k * ld_k, 0.0f);
+  std::fill_n(grads.dv, s.seqlen_k * ld_v, 0.0f);
   float* probs = scratch.take(kBlockK * kTileQ);
   float* dprobs = scratch.take(kBlockK * kTileQ);
   float factors[kTileQ];
@@ -139,11 +141,11 @@ static void backprop_share(const AttnBwdParams& b, const Sequence& s, int64_t he
   ScoreMods mods(p, s, window, scratch, {b.dbias, b.dbias_stride});
   BwdTile tiles[kBwdTiles];
   for (BwdTile& tile : tiles) {
-    tile.q = scratch.take(block.ld_k * kTileQ);
-    tile.dq = scratch.take(block.ld_k * kTileQ);
-    tile.dout = scratch.take(block.ld_v * kTileQ);
-    tile.q_rows = scratch.take(block.ld_k * kTileQ);
-    tile.dout_rows = scratch.take(block.ld_v * kTileQ);
+    tile.q = scratch.take(ld_k * kTileQ);
+    tile.dq = scratch.take(ld_k * kTileQ);
+    tile.dout = scratch.take(ld_v * kTileQ);
+    tile.q_rows = scratch.take(ld_k * kTileQ);
+    tile.dout_rows = scratch.take(ld_v * kTileQ);
     tile.lse = scratch.take(kTileQ);
     tile.delta = scratch.take(kTileQ);
   }
@@ -159,13 +161,14 @@ static void backprop_share(const AttnBwdParams& b, const Sequence& s, int64_t he
       for (int64_t i = queries.begin; i < queries.end; i += kTileQ) {
         BwdTile& tile = tiles[count++];
         tile.queries = {i, std::min(i + kTileQ, queries.end)};
-        dsink += load_tile<T>(b, s, head, block.ld_k, block.ld_v, tile);
+        dsink += load_tile<T>(b, s, head, tile);
       }
       if (dsinks) dsinks[head * units + unit] = dsink;
 
       for_each_block(window, queries, [&](Range keys) {
-        block.load(keys);
+        const KeyBlock block = blocks.load(keys);
         for (int t = 0; t < count; t++) {
+          blocks.prefetch(next_slice(window, queries, keys, t, count));
           for_each_segment(window, tiles[t].queries, keys, is_rich(p) ? &mods : nullptr,
                            [&](auto V, Range lanes, Range segment, const auto& scores) {
                              backprop<V>(p, tiles[t], lanes, block, segment, grads, probs, dprobs,
@@ -188,7 +191,7 @@ static void backprop_share(const AttnBwdParams& b, const Sequence& s, int64_t he
 template <class T>
 static void write_gradient(const float* sums, int64_t shares, int64_t apart, int64_t rows,
                            int64_t cols, float factor, T* dst, int64_t stride) {
-  const int64_t ld = round_up(cols, kPad);
+  const int64_t ld = padded(cols);
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t c = 0; c < cols; c += kLanes) {
       Vec sum = load(sums + r * ld + c);
@@ -228,7 +231,7 @@ static void attn_bwd(const AttnBwdParams& b, const Pool& pool) {
 
   // One share keeps dK and dV in its scratch and writes them; several meet in `partial`, (shares,
   // H_k, tokens, ld_k + ld_v).
-  const int64_t ld_k = round_up(p.head_dim, kPad), ld_v = round_up(p.head_dim_v, kPad);
+  const int64_t ld_k = padded(p.head_dim), ld_v = padded(p.head_dim_v);
   const int64_t tokens = p.cu_seqlens_k ? p.cu_seqlens_k[p.batch] : p.batch * p.seqlen_k;
   const int64_t share_floats = p.heads_k * tokens * (ld_k + ld_v);
   const Buffer partial(shares == 1 ? 0 : shares * share_floats);

@@ -27,8 +27,8 @@ template <int V, class Scores>
 static void attend(const AttnFwdParams& p, const FwdTile& tile, Range queries,
                    const KeyBlock& block, Range keys, float* probs, const Scores& scores) {
   const int64_t count = keys.size(), lane0 = queries.begin - tile.queries.begin;
-  multiply<V>(count, p.head_dim, {block.k_row(keys.begin), block.ld_k, 1}, tile.q + lane0, kTileQ,
-              probs, kTileQ, Set{});
+  multiply<V>(count, p.head_dim, {block.k_row(keys.begin), block.k_stride, 1}, tile.q + lane0,
+              kTileQ, probs, kTileQ, Set{});
 
   Vec block_max[V];
 #pragma GCC unroll 4
@@ -68,9 +68,10 @@ static void attend(const AttnFwdParams& p, const FwdTile& tile, Range queries,
     store(running, fmadd(load(running), rescale[v], block_sum[v]));
   }
 
-  const Left values{block.v_row(keys.begin), 1, block.ld_v};
+  const float* v_rows = block.v_row(keys.begin);
+  const Left values{v_rows, 1, block.v_stride};
   float* out = tile.out + lane0;
-  const bool clean = !Scores::kHides || block.v_finite;
+  const bool clean = !Scores::kHides || all_finite(v_rows, block.v_stride, count, p.head_dim_v);
   multiply<V>(p.head_dim_v, clean ? count : 0, values, probs, kTileQ, out, kTileQ,
               RescaleAndAdd<V>{rescale});
   if (!clean) multiply_add_visible<V>(p.head_dim_v, count, values, probs, out, scores);
@@ -93,7 +94,7 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
   const FlushDenormals flush;
   const Window window = make_window(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
   Scratch scratch;
-  KeyBlocks<T> block(p, s, head / (p.heads_q / p.heads_k), scratch);
+  const KeyBlocks<T> blocks(p, s, head / (p.heads_q / p.heads_k), scratch);
   ScoreMods mods(p, s, window, scratch);
   mods.set_head(head);
   float* probs = scratch.take(kBlockK * kTileQ);
@@ -104,8 +105,8 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
   for (int64_t i = queries.begin; i < queries.end; i += kTileQ) {
     FwdTile& tile = tiles[count++];
     tile.queries = {i, std::min(i + kTileQ, queries.end)};
-    tile.q = scratch.take(block.ld_k * kTileQ);
-    tile.out = scratch.take(block.ld_v * kTileQ);
+    tile.q = scratch.take(padded(p.head_dim) * kTileQ);
+    tile.out = scratch.take(padded(p.head_dim_v) * kTileQ);
     tile.row_max = scratch.take(kTileQ);
     tile.row_sum = scratch.take(kTileQ);
     start_tile(tile, p.head_dim_v, p.sinks ? p.sinks + head : nullptr);
@@ -114,8 +115,9 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
   }
 
   for_each_block(window, queries, [&](Range keys) {
-    block.load(keys);
+    const KeyBlock block = blocks.load(keys);
     for (int t = 0; t < count; t++) {
+      blocks.prefetch(next_slice(window, queries, keys, t, count));
       for_each_segment(window, tiles[t].queries, keys, is_rich(p) ? &mods : nullptr,
                        [&](auto V, Range lanes, Range segment, const auto& scores) {
                          attend<V>(p, tiles[t], lanes, block, segment, probs, scores);

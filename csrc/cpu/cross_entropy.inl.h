@@ -17,7 +17,7 @@ namespace cross_entropy {
 
 // Logits a chunk, at most 8 KB of fp32. One lane adds up no more than 128 of them, a row the sums
 // of its chunks: rounding errors grow with the root of either number.
-constexpr int64_t kChunk = 128 * Vec::kLanes;
+constexpr int64_t kChunk = 128 * kLanes;
 // How far ahead of the maximum to prefetch: the hardware stops at every page's end.
 constexpr int64_t kPrefetchBytes = 4096;
 // Threads are handed tasks of about this many logits.
@@ -45,7 +45,6 @@ FASTATTN_INLINE Vec load_or(const T* x, Mask lanes, float otherwise) {
 // Largest of n logits, at least -FLT_MAX; NaNs are passed over (the sum will meet them).
 template <class T>
 FASTATTN_INLINE float chunk_max(const T* x, int64_t n) {
-  constexpr int kLanes = Vec::kLanes;
   const Vec least = broadcast(-FLT_MAX);
   Vec m0 = least, m1 = least, m2 = least, m3 = least;
   int64_t i = 0;
@@ -66,7 +65,6 @@ FASTATTN_INLINE float chunk_max(const T* x, int64_t n) {
 template <bool kRich, class T>
 FASTATTN_INLINE void add_chunk(const T* x, const float* weight, int64_t n, float cap,
                                RowStats& row) {
-  constexpr int kLanes = Vec::kLanes;
   const float old_max = row.max, here = chunk_max(x, n);
   row.max = std::max(old_max, kRich ? max(softcapped(broadcast(here), cap)) : here);
   const Vec shift = broadcast(row.max), one = broadcast(1.0f);
@@ -121,7 +119,6 @@ FASTATTN_INLINE Vec gradient(Vec x, Vec w, float cap, Vec shift, Vec a, Vec s) {
 template <bool kRich, class T>
 FASTATTN_INLINE void write_gradient(const T* x, const CrossEntropyParams& p, float row_max,
                                     float a_, float s_, bool past_caches, T* dx) {
-  constexpr int kLanes = Vec::kLanes;
   const Vec shift = broadcast(row_max), a = broadcast(a_), s = broadcast(s_), one = broadcast(1.0f);
   const auto write_until = [&](int64_t i, int64_t end) {
     for (; i < end; i += kLanes) {
@@ -228,14 +225,10 @@ void all_rows(const CrossEntropyParams& p, const Pool& pool) {
 
 inline void run(const CrossEntropyParams& p, const Pool& pool) {
   const bool rich = p.softcap > 0 || p.label_smoothing > 0;
-  switch (p.dtype) {
-    case DType::kF32:
-      return rich ? all_rows<true, float>(p, pool) : all_rows<false, float>(p, pool);
-    case DType::kBF16:
-      return rich ? all_rows<true, bf16>(p, pool) : all_rows<false, bf16>(p, pool);
-    case DType::kF16:
-      return rich ? all_rows<true, fp16>(p, pool) : all_rows<false, fp16>(p, pool);
-  }
+  with_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    rich ? all_rows<true, T>(p, pool) : all_rows<false, T>(p, pool);
+  });
 }
 
 }  // namespace cross_entropy

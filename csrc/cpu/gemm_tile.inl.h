@@ -8,8 +8,9 @@ struct Left {
   int64_t row, depth;
 };
 
-// How a block of products joins C. Adding at the end instead of starting from C costs the same and
-// keeps rounding errors from growing with the number of blocks.
+// How sums of products, while still in registers, join C: join(c, v, sum) is what is stored at
+// c. Adding at the end instead of starting from C costs the same and keeps rounding errors from
+// growing with the number of blocks.
 struct Set {
   FASTATTN_INLINE Vec operator()(const float*, int, Vec sum) const { return sum; }
 };
@@ -24,10 +25,12 @@ struct RescaleAndAdd {  // C's columns are multiplied by `scale` first
   }
 };
 
-// R rows × V vectors of C, over `depth` products each.
+// R rows × V vectors of C from `row` on, over `depth` products each.
 template <int R, int V, class Join>
-FASTATTN_INLINE void multiply_block(int64_t depth, Left a, const float* b, int64_t ldb, float* c,
-                                    int64_t ldc, const Join& join) {
+FASTATTN_INLINE void multiply_block(int64_t row, int64_t depth, Left a, const float* b, int64_t ldb,
+                                    float* c, int64_t ldc, const Join& join) {
+  a.at += row * a.row;
+  c += row * ldc;
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
@@ -63,17 +66,16 @@ FASTATTN_INLINE void multiply_block(int64_t depth, Left a, const float* b, int64
 template <int V>
 constexpr int kRows = V == 1 || (V == 2 && kLanes == 16) ? 8 : 4;
 
+// Not inlined: inside a larger function GCC 12 runs out of registers and spills accumulators.
 template <int V, class Join>
-FASTATTN_INLINE void multiply(int64_t rows, int64_t depth, Left a, const float* b, int64_t ldb,
-                              float* c, int64_t ldc, const Join& join) {
+__attribute__((noinline)) static void multiply(int64_t rows, int64_t depth, Left a, const float* b,
+                                               int64_t ldb, float* c, int64_t ldc,
+                                               const Join& join) {
   int64_t r = 0;
   for (; r + kRows<V> <= rows; r += kRows<V>) {
-    multiply_block<kRows<V>, V>(depth, {a.at + r * a.row, a.row, a.depth}, b, ldb, c + r * ldc, ldc,
-                                join);
+    multiply_block<kRows<V>, V>(r, depth, a, b, ldb, c, ldc, join);
   }
-  for (; r < rows; r++) {
-    multiply_block<1, V>(depth, {a.at + r * a.row, a.row, a.depth}, b, ldb, c + r * ldc, ldc, join);
-  }
+  for (; r < rows; r++) multiply_block<1, V>(r, depth, a, b, ldb, c, ldc, join);
 }
 
 // C += A·B, B and C `cols` wide (a multiple of kPad).

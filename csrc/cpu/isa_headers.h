@@ -23,4 +23,5 @@
 
 #include "elements.h"
 #include "kernels.h"
+#include "kv_cache.h"
 #include "scratch.h"

@@ -7,42 +7,62 @@ static T* head_at(const void* tensor, const Strides& stride, int64_t batch, int6
          head * stride.head;
 }
 
-// Some keys and values of a KV head as fp32 rows in scratch: the same to the arithmetic whatever
-// dtype they came from.
+// Some keys and values of a KV head as fp32 rows: the same to the arithmetic whatever dtype they
+// came from.
 struct KeyBlock {
-  const float* k_row(int64_t key) const { return k + (key - keys.begin) * ld_k; }
-  const float* v_row(int64_t key) const { return v + (key - keys.begin) * ld_v; }
+  Range keys;
+  const float *k, *v;
+  int64_t k_stride, v_stride;
 
-  int64_t ld_k, ld_v;
-  float *k, *v;
-  Range keys{};
-  bool k_finite = true, v_finite = true;
+  const float* k_row(int64_t key) const { return k + (key - keys.begin) * k_stride; }
+  const float* v_row(int64_t key) const { return v + (key - keys.begin) * v_stride; }
 };
 
-// The blocks of a KV head, kBlockK keys at a time, one loaded.
 template <class T>
-class KeyBlocks : public KeyBlock {
+static void prefetch_row(const T* row, int64_t size) {
+  for (int64_t c = 0; c < size; c += 64 / int64_t(sizeof(T))) prefetch_l2(row + c);
+}
+
+// The blocks of a KV head, kBlockK keys at a time. fp32 is used where it lies, whatever its
+// strides: copying it costs 10 %, for the stores alone. Other types are converted into scratch.
+template <class T>
+class KeyBlocks {
  public:
   KeyBlocks(const AttnFwdParams& p, const Sequence& s, int64_t head_k, Scratch& scratch)
       : p_(p),
         k_source_(head_at<const T>(p.k, p.k_stride, s.batch, s.k_row, head_k)),
         v_source_(head_at<const T>(p.v, p.v_stride, s.batch, s.k_row, head_k)) {
-    ld_k = round_up(p.head_dim, kPad);
-    ld_v = round_up(p.head_dim_v, kPad);
-    k = scratch.take(kBlockK * ld_k);
-    v = scratch.take(kBlockK * ld_v);
+    if constexpr (!std::is_same_v<T, float>) {
+      k_ = scratch.take(kBlockK * padded(p.head_dim));
+      v_ = scratch.take(kBlockK * padded(p.head_dim_v));
+    }
   }
 
-  void load(Range block) {
-    keys = block;
-    const int64_t k_seq = p_.k_stride.seq, v_seq = p_.v_stride.seq, n = keys.begin;
-    k_finite = load_rows(k_source_ + n * k_seq, k_seq, keys.size(), p_.head_dim, k, ld_k);
-    v_finite = load_rows(v_source_ + n * v_seq, v_seq, keys.size(), p_.head_dim_v, v, ld_v);
+  KeyBlock load(Range keys) const {
+    const T* k = k_source_ + keys.begin * p_.k_stride.seq;
+    const T* v = v_source_ + keys.begin * p_.v_stride.seq;
+    if constexpr (std::is_same_v<T, float>) {
+      return {keys, k, v, p_.k_stride.seq, p_.v_stride.seq};
+    } else {
+      load_rows(k, p_.k_stride.seq, keys.size(), p_.head_dim, k_);
+      load_rows(v, p_.v_stride.seq, keys.size(), p_.head_dim_v, v_);
+      return {keys, k_, v_, padded(p_.head_dim), padded(p_.head_dim_v)};
+    }
+  }
+
+  // Has these keys on their way while the block before them is computed on: their rows are too far
+  // apart for the processor to see what comes next.
+  void prefetch(Range rows) const {
+    for (int64_t n = rows.begin; n < rows.end; n++) {
+      prefetch_row(k_source_ + n * p_.k_stride.seq, p_.head_dim);
+      prefetch_row(v_source_ + n * p_.v_stride.seq, p_.head_dim_v);
+    }
   }
 
  private:
   const AttnFwdParams& p_;
   const T *k_source_, *v_source_;
+  float *k_ = nullptr, *v_ = nullptr;
 };
 
 // Calls body(range) for each block with keys that a query of `queries` sees. Blocks start at
@@ -53,6 +73,14 @@ FASTATTN_INLINE void for_each_block(const Window& window, Range queries, const B
   for (int64_t n = keys.begin / kBlockK * kBlockK; n < keys.end; n += kBlockK) {
     body(intersect({n, n + kBlockK}, keys));
   }
+}
+
+// The part of the block behind `block` that is to be prefetched in step `step` of `steps`.
+static Range next_slice(const Window& window, Range queries, Range block, int step, int steps) {
+  const Range next = intersect({block.end, block.end + kBlockK}, keys_seen_by_any(window, queries));
+  if (next.empty()) return {0, 0};
+  const int64_t size = ceil_div(next.size(), steps);
+  return intersect({next.begin + step * size, next.begin + (step + 1) * size}, next);
 }
 
 // Calls body(V, lanes, keys, scores) for each segment of a block that a tile sees: the queries

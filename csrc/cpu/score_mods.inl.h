@@ -152,7 +152,7 @@ class ScoreMods {
       const auto* bias =
           static_cast<const decltype(type)*>(p_.bias) + offset(stride, i, keys.begin);
       if (stride.col == 1) {
-        load_rows(bias, 0, 1, keys.size(), bias_row_, round_up(keys.size(), kPad));
+        load_rows(bias, 0, 1, keys.size(), bias_row_);
       } else {
         for (int64_t n = 0; n < keys.size(); n++) bias_row_[n] = to_float(bias[n * stride.col]);
       }

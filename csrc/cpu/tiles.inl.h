@@ -13,6 +13,8 @@ constexpr int kTileQ = kVecs * kLanes;  // row length of every transposed tile
 constexpr int kBlockK = 64;             // keys a block: K, V and P of one block fit L1 at D = 64
 constexpr int kPad = 16;                // rows in scratch are padded to a multiple of this
 
+constexpr int64_t padded(int64_t cols) { return round_up(cols, kPad); }
+
 // Calls f(integral_constant<int, vecs>).
 template <class F>
 FASTATTN_INLINE void with_vecs(int vecs, F&& f) {
@@ -46,18 +48,25 @@ FASTATTN_INLINE void store_upto(T* p, Vec x, int64_t n) {
   }
 }
 
-// (rows, cols) elements, rows `stride` apart, become fp32 rows `ld` apart (a multiple of kPad),
-// zeros behind cols. Returns whether all are finite. Copying what is fp32 already costs 1 % and
-// keeps rows a power of two apart from falling into the same L1 sets.
+// (rows, cols) elements, rows `stride` apart, become fp32 rows padded(cols) apart, with zeros
+// behind cols.
 template <class T>
-static bool load_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, float* dst,
-                      int64_t ld) {
-  Vec poison = zero();  // NaN as soon as 0 · x is
+static void load_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, float* dst) {
+  const int64_t ld = padded(cols), whole = cols / kLanes * kLanes;
   for (int64_t r = 0; r < rows; r++, src += stride, dst += ld) {
-    for (int64_t c = 0; c < ld; c += kLanes) {
-      const Vec x = c < cols ? load_upto(src + c, cols - c) : zero();
-      poison = fmadd(x, zero(), poison);
-      store(dst + c, x);
+    for (int64_t c = 0; c < whole; c += kLanes) store(dst + c, load(src + c));
+    if (whole < cols) {
+      store(dst + whole, load_partial(src + whole, first_lanes(cols - whole)));
+    }
+    for (int64_t c = round_up(cols, kLanes); c < ld; c += kLanes) store(dst + c, zero());
+  }
+}
+
+static bool all_finite(const float* src, int64_t stride, int64_t rows, int64_t cols) {
+  Vec poison = zero();  // becomes NaN where 0 · x is
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      poison = fmadd(load_upto(src + r * stride + c, cols - c), zero(), poison);
     }
   }
   return sum(poison) == 0;

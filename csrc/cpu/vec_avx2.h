@@ -181,6 +181,13 @@ FASTATTN_INLINE void transpose(Vec (&r)[8]) {
   for (int i = 0; i < 8; i++) r[i].x = t[i];
 }
 
+// Lane i = sum(r[i]).
+FASTATTN_INLINE Vec sums(const Vec (&r)[8]) {
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(r[0].x, r[1].x), _mm256_hadd_ps(r[2].x, r[3].x));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(r[4].x, r[5].x), _mm256_hadd_ps(r[6].x, r[7].x));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+}
+
 // Denormal probabilities cost up to 3× in FMA loops: flush them for the life of this guard, on this
 // thread.
 class FlushDenormals {

@@ -169,6 +169,26 @@ FASTATTN_INLINE void transpose(Vec (&r)[16]) {
   }
 }
 
+FASTATTN_INLINE __m512 add_halves(__m512 a, __m512 b) {  // 128-bit lanes: a0+a1, a2+a3, b0+b1, b2+b3
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+// Lane i = sum(r[i]), by a tree that adds parts of two vectors into one.
+FASTATTN_INLINE Vec sums(const Vec (&r)[16]) {
+  __m512 t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i].x, r[2 * i + 1].x),
+                         _mm512_unpackhi_ps(r[2 * i].x, r[2 * i + 1].x));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    t[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  return {add_halves(add_halves(t[0], t[1]), add_halves(t[2], t[3]))};
+}
+
 // Denormal probabilities cost up to 3× in FMA loops: flush them for the life of this guard, on this
 // thread.
 class FlushDenormals {
