@@ -9,10 +9,12 @@ from .attention import (
 )
 from .decode import attention_decode
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
+from .modules import CausalSelfAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CausalSelfAttention",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "attention",
