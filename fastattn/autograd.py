@@ -22,12 +22,15 @@ class FusedFunction(torch.autograd.Function):
 
     @classmethod
     def run(cls, *args):
-        """`apply`, with two faults of Dynamo (torch 2.13) kept from its callers."""
-        if torch.compiler.is_compiling():
-            if not wants_gradient(*args):  # it would hand its context to a forward of *args
-                return cls.forward(*args)
-            args = _unalias(args)  # it refuses a tensor that comes twice
-        return cls.apply(*args)
+        """`apply`, or plain `forward` where that is enough.
+
+        Without a gradient wanted, `apply` costs more than a small kernel (0.1 ms), and Dynamo (in
+        torch 2.13) would hand its context to a forward of *args.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not wants_gradient(*args) and (compiling or not _transformed()):
+            return cls.forward(*args)
+        return cls.apply(*(_unalias(args) if compiling else args))
 
     @classmethod
     def vmap(cls, info, in_dims, *args):
@@ -46,8 +49,13 @@ class FusedFunction(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
+def _transformed() -> bool:
+    """Inside vmap or another transform of torch.func, whose rules `apply` looks up."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def _unalias(args: tuple) -> tuple:
-    """Each tensor that came before, as a view of itself."""
+    """Each tensor that came before, as a view of itself: Dynamo refuses one that comes twice."""
     distinct: list[Tensor] = []
     for a in args:
         again = isinstance(a, Tensor) and any(a is t for t in distinct)
