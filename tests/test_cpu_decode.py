@@ -1,0 +1,145 @@
+"""The CPU decode kernels: what is theirs alone. Decoding's contract is in test_decode.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import cpu_isa
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn import backend_cpu, library
+from fastattn.problem import DecodeProblem
+from fastattn.testing import DECODE_CASES, DecodeCase, check_decode, make_decode_problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAUSAL = (-1, 0)
+# Lengths on both sides of a block's 64 keys, a chunk's 512, and more queries than an item holds.
+BLOCKS = DecodeCase("blocks", (63, 64, 65, 128), capacity=128, heads=(6, 2))
+CHUNKS = DecodeCase("chunks", (511, 512, 513, 1700), capacity=1700, heads=(8, 2), head_dim=64)
+PREFILL = DecodeCase("prefill", (0, 100), 131, 131, 231, (6, 2), window=CAUSAL)
+WIDE = DecodeCase("wide-group", (90,), 2, capacity=96, heads=(142, 2), window=(20, 3))
+LONG = DecodeCase("long", (6_000,), capacity=6_000, heads=(4, 1), head_dim=64)
+CASES = (*DECODE_CASES, BLOCKS, CHUNKS, PREFILL, WIDE, LONG)
+
+if (reason := library.load_error()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+
+def solve(p: DecodeProblem) -> tuple[Tensor, Tensor]:
+    out, lse = backend_cpu.attn_decode(p)
+    return out, lse
+
+
+def assert_same_bits(ours: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    for x, y in zip(ours, other, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_are_within_the_bound(case: DecodeCase, dtype: torch.dtype) -> None:
+    check_decode(solve, make_decode_problem(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(1, 1), (31, 33), (64, 64), (100, 20), (160, 256)])
+def test_any_head_dim(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    case = DecodeCase(
+        "dims", (70, 3), capacity=70, heads=(7, 1), head_dim=dims[0], head_dim_v=dims[1]
+    )
+    check_decode(solve, make_decode_problem(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", (CHUNKS, replace(CHUNKS, seqlen_q=3, window=(900, 0))), ids=str)
+def test_splits_and_threads_change_no_bit(case: DecodeCase, dtype: torch.dtype) -> None:
+    p, threads = make_decode_problem(case, dtype), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = solve(p)
+        for n in (1, 2, 3, 8):
+            torch.set_num_threads(n)
+            for num_splits in (0, 1, 2, 3, 100):
+                assert_same_bits(solve(p._replace(num_splits=num_splits)), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", (1, 16, 100, 256))
+def test_pages_change_no_bit(page_size: int, dtype: torch.dtype) -> None:
+    p = make_decode_problem(CHUNKS, dtype)
+    batch, capacity = p.k_cache.shape[:2]
+    pages = -(-capacity // page_size)
+    order = torch.randperm(batch * pages)
+
+    def paged(cache: Tensor) -> Tensor:
+        padded = torch.full((batch, pages * page_size, *cache.shape[2:]), math.nan, dtype=dtype)
+        padded[:, :capacity] = cache
+        in_order = padded.view(batch * pages, page_size, *cache.shape[2:])
+        return torch.empty_like(in_order).index_copy_(0, order, in_order)
+
+    block_table = order.view(batch, pages).int()
+    k_cache, v_cache = paged(p.k_cache), paged(p.v_cache)
+    assert_same_bits(
+        solve(p._replace(k_cache=k_cache, v_cache=v_cache, block_table=block_table)), solve(p)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_change_no_bit(dtype: torch.dtype) -> None:
+    p = make_decode_problem(CHUNKS, dtype)
+    heads_first = {
+        name: getattr(p, name).transpose(1, 2).contiguous().transpose(1, 2)
+        for name in ("k_cache", "v_cache")
+    }
+    both = torch.stack((p.k_cache, p.v_cache), dim=3)  # K and V of a head side by side
+    together = {"k_cache": both[:, :, :, 0], "v_cache": both[:, :, :, 1]}
+    spread = torch.zeros(*p.q.shape[:3], p.q.shape[3] + 3, dtype=dtype)
+    spread[..., 1:-2] = p.q
+    for changed in (heads_first, together, {"q": spread[..., 1:-2]}):
+        assert_same_bits(solve(p._replace(**changed)), solve(p))
+
+
+@pytest.mark.parametrize("group", (1, 2, 3, 4, 8))
+def test_what_a_query_does_not_see_does_not_reach_it(group: int) -> None:
+    case = DecodeCase("poisoned", (80,), 4, capacity=80, heads=(2 * group, 2), window=CAUSAL)
+    p = make_decode_problem(case, torch.float32)
+    clean = solve(p)
+    p.k_cache[:, 78:] = math.nan
+    p.v_cache[:, 77:] = math.inf
+    out, lse = solve(p)
+    assert torch.equal(out[:, 0], clean[0][:, 0]) and torch.equal(lse[:, :, 0], clean[1][:, :, 0])
+    assert not out[:, 1:].isfinite().any() and lse[:, :, 2:].isnan().all()
+
+
+def test_queries_without_keys_give_zero() -> None:
+    case = DecodeCase("short", (2, 40), seqlen_q=4, heads=(6, 2), window=CAUSAL, leftpad=(0, 40))
+    out, lse = solve(make_decode_problem(case, torch.bfloat16))
+    for b, i in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)):
+        assert (out[b, i] == 0).all() and (lse[b, :, i] == -math.inf).all()
+    assert lse[0, :, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("rotary_interleaved", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_writes_its_own_places_alone(dtype: torch.dtype, rotary_interleaved: bool) -> None:
+    case = DecodeCase("append", (3, 40), 1, 5, rotary_dim=12, page_size=7)
+    p = make_decode_problem(replace(case, rotary_interleaved=rotary_interleaved), dtype)
+    before = p.k_cache.clone(), p.v_cache.clone()
+    solve(p)
+    positions = p.cache_seqlens[:, None] + torch.arange(5)
+    place = p.block_table.gather(1, positions // 7).long(), positions % 7
+    assert torch.equal(p.v_cache[place], p.v)
+    assert torch.equal(p.k_cache[place][..., 12:], p.k[..., 12:])  # beyond the rotary dims
+    assert not torch.equal(p.k_cache[place], p.k)
+    p.k_cache[place], p.v_cache[place] = before[0][place], before[1][place]
+    torch.testing.assert_close((p.k_cache, p.v_cache), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", cpu_isa.others())
+def test_every_instruction_set_passes_these_tests(isa: str) -> None:
+    cpu_isa.run_file(__file__, isa, "not instruction_set and not long")
