@@ -1,8 +1,10 @@
-// The one file that knows tensors: private ops fastattn_C::* take them, fill a params struct and start a kernel.
+// The one file that knows tensors: private ops fastattn_C::* take them, fill a params struct and
+// start a kernel.
 //
-// Arguments come in the order of the problem types in fastattn/problem.py, then saved results, then outputs, which Python has
-// allocated. Public validation is Python's; what is checked here is only what would make a kernel read out of bounds.
-// Built on the LibTorch stable ABI: one library serves torch 2.11 and later on every Python.
+// Arguments come in the order of the problem types in fastattn/problem.py, then saved results, then
+// outputs, which Python has allocated. Public validation is Python's; what is checked here is only
+// what would make a kernel read out of bounds. Built on the LibTorch stable ABI: one library serves
+// torch 2.11 and later on every Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -46,7 +48,8 @@ const T* data(const OptionalTensor& t) {
 Strides strides_of(const Tensor& t) {
   const int64_t n = t.dim();
   STD_TORCH_CHECK(n == 3 || n == 4, "expected 3 or 4 dimensions, got ", n);
-  STD_TORCH_CHECK(t.size(n - 1) <= 1 || t.stride(n - 1) == 1, "the last dimension must have stride 1");
+  STD_TORCH_CHECK(t.size(n - 1) <= 1 || t.stride(n - 1) == 1,
+                  "the last dimension must have stride 1");
   return {n == 4 ? t.stride(0) : 0, t.stride(n - 3), t.stride(n - 2)};
 }
 
@@ -60,7 +63,8 @@ class TorchPool final : public cpu::Pool {
  public:
   int threads() const override { return int(torch::stable::get_num_threads()); }
 
-  // One long-lived worker a thread, drawing tasks from a counter: parallel_for alone would split them statically.
+  // One long-lived worker a thread, drawing tasks from a counter: parallel_for alone would split
+  // them statically.
   void run(int64_t count, const std::function<void(int64_t)>& task) const override {
     const int64_t workers = std::min<int64_t>(count, threads());
     if (workers <= 1) {
@@ -75,13 +79,14 @@ class TorchPool final : public cpu::Pool {
   }
 };
 
-AttnFwdParams attention_params(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-    const OptionalTensor& bias, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-    const OptionalTensor& seed, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    int64_t window_left, int64_t window_right, double scale, double softcap, double dropout_p,
-    const Tensor& out, const Tensor& lse) {
+AttnFwdParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                               const OptionalTensor& mask, const OptionalTensor& bias,
+                               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                               const OptionalTensor& seed, const OptionalTensor& cu_seqlens_q,
+                               const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q,
+                               int64_t max_seqlen_k, int64_t window_left, int64_t window_right,
+                               double scale, double softcap, double dropout_p, const Tensor& out,
+                               const Tensor& lse) {
   AttnFwdParams p{};
   const bool packed = cu_seqlens_q.has_value();
   const int64_t n = q.dim();
@@ -132,15 +137,15 @@ AttnFwdParams attention_params(
   return p;
 }
 
-#define FASTATTN_ATTENTION_ARGS                                                                    \
-  Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,                          \
-      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor seed,                      \
-      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,              \
-      int64_t max_seqlen_k, int64_t window_left, int64_t window_right, double scale,               \
+#define FASTATTN_ATTENTION_ARGS                                                       \
+  Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,             \
+      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor seed,         \
+      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, \
+      int64_t max_seqlen_k, int64_t window_left, int64_t window_right, double scale,  \
       double softcap, double dropout_p
-#define FASTATTN_ATTENTION_PARAMS                                                                  \
-  attention_params(q, k, v, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k,     \
-                   max_seqlen_q, max_seqlen_k, window_left, window_right, scale, softcap,          \
+#define FASTATTN_ATTENTION_PARAMS                                                              \
+  attention_params(q, k, v, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, \
+                   max_seqlen_q, max_seqlen_k, window_left, window_right, scale, softcap,      \
                    dropout_p, out, lse)
 
 void attn_fwd(FASTATTN_ATTENTION_ARGS, Tensor out, Tensor lse) {
@@ -174,8 +179,8 @@ void attn_bwd(FASTATTN_ATTENTION_ARGS, Tensor out, Tensor lse, Tensor dout, Opti
 }
 
 // q arrives rotated; new keys and values are rotated and appended by cache_append just before.
-void attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens,
-                 int64_t seqlen_new, OptionalTensor block_table, OptionalTensor cache_batch_idx,
+void attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int64_t seqlen_new,
+                 OptionalTensor block_table, OptionalTensor cache_batch_idx,
                  OptionalTensor cache_leftpad, OptionalTensor alibi_slopes, OptionalTensor sinks,
                  int64_t window_left, int64_t window_right, double scale, double softcap,
                  int64_t num_splits, Tensor out, Tensor lse) {
@@ -275,7 +280,8 @@ CrossEntropyParams cross_entropy_params(const Tensor& logits, const Tensor& targ
   return p;
 }
 
-void set_gradient(CrossEntropyParams& p, const OptionalTensor& dloss, const OptionalTensor& dlogits) {
+void set_gradient(CrossEntropyParams& p, const OptionalTensor& dloss,
+                  const OptionalTensor& dlogits) {
   if (!dlogits) return;
   STD_TORCH_CHECK(dloss.has_value(), "a gradient needs dloss");
   p.dlogits = dlogits->data_ptr();
@@ -287,7 +293,8 @@ void set_gradient(CrossEntropyParams& p, const OptionalTensor& dloss, const Opti
 void cross_entropy_fwd(Tensor logits, Tensor target, OptionalTensor weight, int64_t ignore_index,
                        double label_smoothing, double z_loss, double softcap, OptionalTensor dloss,
                        Tensor loss, Tensor lse, OptionalTensor dlogits) {
-  auto p = cross_entropy_params(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+  auto p =
+      cross_entropy_params(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
   p.loss = static_cast<float*>(loss.data_ptr());
   p.lse = static_cast<float*>(lse.data_ptr());
   set_gradient(p, dloss, dlogits);
@@ -297,7 +304,8 @@ void cross_entropy_fwd(Tensor logits, Tensor target, OptionalTensor weight, int6
 void cross_entropy_bwd(Tensor logits, Tensor target, OptionalTensor weight, int64_t ignore_index,
                        double label_smoothing, double z_loss, double softcap, Tensor lse,
                        Tensor dloss, OptionalTensor dlse, Tensor dlogits) {
-  auto p = cross_entropy_params(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+  auto p =
+      cross_entropy_params(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
   p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
   set_gradient(p, dloss, dlogits);
   p.dlse = data<float>(dlse);
@@ -310,11 +318,12 @@ std::string cpu_isa() { return cpu::kernels().isa; }
 }  // namespace fastattn
 
 #define FASTATTN_ATTENTION_SCHEMA                                                                  \
-  "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, " \
+  "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? "       \
+  "sinks, "                                                                                        \
   "Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, " \
   "int window_left, int window_right, float scale, float softcap, float dropout_p, "
-#define FASTATTN_CROSS_ENTROPY_SCHEMA                                                              \
-  "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "        \
+#define FASTATTN_CROSS_ENTROPY_SCHEMA                                                       \
+  "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, " \
   "float z_loss, float softcap, "
 
 STABLE_TORCH_LIBRARY(fastattn_C, m) {
@@ -322,13 +331,15 @@ STABLE_TORCH_LIBRARY(fastattn_C, m) {
   m.def("attn_bwd(" FASTATTN_ATTENTION_SCHEMA
         "Tensor out, Tensor lse, Tensor dout, Tensor? dlse, Tensor(a!) dq, Tensor(b!) dk, "
         "Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dsinks) -> ()");
-  m.def("attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, "
-        "int seqlen_new, Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
-        "Tensor? alibi_slopes, Tensor? sinks, int window_left, int window_right, float scale, "
-        "float softcap, int num_splits, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("cache_append(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor cache_seqlens, Tensor? block_table, Tensor? cache_batch_idx, Tensor? rotary_cos, "
-        "Tensor? rotary_sin, bool rotary_interleaved) -> ()");
+  m.def(
+      "attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, "
+      "int seqlen_new, Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
+      "Tensor? alibi_slopes, Tensor? sinks, int window_left, int window_right, float scale, "
+      "float softcap, int num_splits, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "cache_append(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor cache_seqlens, Tensor? block_table, Tensor? cache_batch_idx, Tensor? rotary_cos, "
+      "Tensor? rotary_sin, bool rotary_interleaved) -> ()");
   m.def("cross_entropy_fwd(" FASTATTN_CROSS_ENTROPY_SCHEMA
         "Tensor? dloss, Tensor(a!) loss, Tensor(b!) lse, Tensor(c!)? dlogits) -> ()");
   m.def("cross_entropy_bwd(" FASTATTN_CROSS_ENTROPY_SCHEMA

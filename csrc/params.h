@@ -1,7 +1,9 @@
-// What a kernel is told: plain structs of pointers, element strides and sizes. No torch, no CUDA types.
+// What a kernel is told: plain structs of pointers, element strides and sizes. No torch, no CUDA
+// types.
 //
-// Letters as in docs/design.md: B batch, S sequence, H heads, D head dim, T packed tokens. Strides count elements, not bytes;
-// the last dimension of every (B, S, H, D) tensor has stride 1. All offsets are 64-bit.
+// Letters as in docs/design.md: B batch, S sequence, H heads, D head dim, T packed tokens. Strides
+// count elements, not bytes; the last dimension of every (B, S, H, D) tensor has stride 1. All
+// offsets are 64-bit.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +12,8 @@ namespace fastattn {
 
 enum class DType : int32_t { kF32, kBF16, kF16 };
 
-// Strides of a (B, S, H, D) tensor. A packed (T, H, D) tensor has batch = 0 and is entered at cu_seqlens[b].
+// Strides of a (B, S, H, D) tensor. A packed (T, H, D) tensor has batch = 0 and is entered at
+// cu_seqlens[b].
 struct Strides {
   int64_t batch, seq, head;
 };
@@ -49,7 +52,8 @@ struct AttnFwdParams {
   int64_t alibi_stride_batch;
   const float* sinks;  // (H_q)
 
-  // Dropout: Philox word (counter = (j / 4, i, h, b), lane j % 4, key = *seed) keeps key j iff word ≥ threshold.
+  // Dropout: Philox word (counter = (j / 4, i, h, b), lane j % 4, key = *seed) keeps key j iff word
+  // ≥ threshold.
   const int64_t* seed;         // null = no dropout
   uint64_t dropout_threshold;  // round(p · 2³²)
   float dropout_scale;         // 1 / (1 - p), 0 for p = 1
@@ -68,13 +72,15 @@ struct AttnBwdParams {
   float* dsinks;  // null or zero-filled (H_q)
 };
 
-// Queries against the KV cache after the append. A page is page_size consecutive positions; not paged: page_size = 0.
+// Queries against the KV cache after the append. A page is page_size consecutive positions; not
+// paged: page_size = 0.
 struct AttnDecodeParams {
   DType dtype;
   int64_t batch, heads_q, heads_k, seqlen_q, head_dim, head_dim_v;
   const void* q;
   Strides q_stride;
-  const void *k_cache, *v_cache;  // (B_cache, S_cache, H_k, D), or (pages, page_size, H_k, D): `batch` is the page stride
+  const void *k_cache, *v_cache;  // (B_cache, S_cache, H_k, D), or (pages, page_size, H_k, D):
+                                  // `batch` is the page stride
   Strides k_stride, v_stride;
   void* out;
   Strides out_stride;
@@ -106,7 +112,8 @@ struct CacheAppendParams {
   Strides k_stride, v_stride;
   const int32_t *cache_seqlens, *cache_batch_idx, *block_table;
   int64_t block_table_stride, page_size;
-  // Rotary: cos/sin are (positions, rotary_dim / 2) of dtype `rotary_dtype`, row stride rotary_stride; null = none.
+  // Rotary: cos/sin are (positions, rotary_dim / 2) of dtype `rotary_dtype`, row stride
+  // rotary_stride; null = none.
   const void *rotary_cos, *rotary_sin;
   DType rotary_dtype;
   int64_t rotary_dim, rotary_stride;

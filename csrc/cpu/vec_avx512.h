@@ -169,7 +169,8 @@ FASTATTN_INLINE void transpose(Vec (&r)[16]) {
   }
 }
 
-FASTATTN_INLINE __m512 add_halves(__m512 a, __m512 b) {  // 128-bit lanes: a0+a1, a2+a3, b0+b1, b2+b3
+FASTATTN_INLINE __m512 add_halves(__m512 a,
+                                  __m512 b) {  // 128-bit lanes: a0+a1, a2+a3, b0+b1, b2+b3
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 // Lane i = sum(r[i]), by a tree that adds parts of two vectors into one.
