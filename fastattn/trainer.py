@@ -255,7 +255,7 @@ def fit_steps(config: TrainConfig, seconds: float) -> TrainConfig:
     if config.eval_every:
         step_seconds += evaluation / config.eval_every
 
-    left = 0.97 * seconds - evaluation - (time.perf_counter() - begin)  # 3 % for saving, and jitter
+    left = 0.94 * seconds - evaluation - (time.perf_counter() - begin)  # 6 % for saving, and jitter
     return dataclasses.replace(config, steps=max(1, min(config.steps, int(left / step_seconds))))
 
 
