@@ -47,6 +47,7 @@ from .tokenizer import BPETokenizer, Tokenizer
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 IGNORED = -100  # the target that counts for nothing
+TIME_USED = 0.94  # of max_minutes: the rest is for saving, and jitter
 EVAL_BATCH_TOKENS = 8192  # at a time at least: without gradients they take little memory
 
 
@@ -255,7 +256,7 @@ def fit_steps(config: TrainConfig, seconds: float) -> TrainConfig:
     if config.eval_every:
         step_seconds += evaluation / config.eval_every
 
-    left = 0.94 * seconds - evaluation - (time.perf_counter() - begin)  # 6 % for saving, and jitter
+    left = TIME_USED * seconds - evaluation - (time.perf_counter() - begin)
     return dataclasses.replace(config, steps=max(1, min(config.steps, int(left / step_seconds))))
 
 

@@ -334,7 +334,7 @@ def test_steps_fit_the_time(config, monkeypatch):
     monkeypatch.setattr(trainer, "EVAL_BATCH_TOKENS", 64)  # two windows, of the four below
     config = dataclasses.replace(config, eval_every=10, eval_tokens=4 * 32, steps=10**6)
     # 0.02 · 1000 s of trial and a batch; then 1 s a step and, every 10 and at the end, 2 batches.
-    expected = (0.97 * 1000 - 1.0 - 20.5) / (1 + 1.0 / 10)
+    expected = (trainer.TIME_USED * 1000 - 1.0 - 20.5) / (1 + 1.0 / 10)
     assert fit_steps(config, 1000).steps == int(expected)
     assert fit_steps(dataclasses.replace(config, steps=50), 1000).steps == 50
     assert fit_steps(config, 1e-3).steps == 1
