@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import cpu_isa
 import public
 import pytest
 import torch
@@ -51,6 +52,34 @@ def test_keeps_the_contract(backend: str, case: Case, dtype: torch.dtype, poison
     assert ours["out"].dtype == dtype and ours["lse"].dtype == torch.float32
     assert ours["out"].is_contiguous()
     assert_results_close(ours, *expected_of(case, dtype))
+
+
+LONG = (
+    Case("causal-700", (1, 700, 700), (2, 2), 64, window=(-1, 0)),
+    Case("gqa-sinks-300-900", (2, 300, 900), (4, 1), 32, sinks=True),
+    Case("packed-bias", heads=(2, 1), packed=((400, 400), (3, 260)), bias="1hqk", bias_fp32=True),
+    Case("dropout-1000", (1, 130, 1000), (2, 1), 40, dropout_p=0.2, softcap=9.0),
+)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_sequences_on_any_number_of_threads(
+    backend: str, case: Case, threads: int, poisoned: None
+) -> None:
+    """Work is cut up by the number of threads, and the pieces' gradients are added."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = attention_results(public.attention_on(backend), problem_of(case, torch.bfloat16))
+    finally:
+        torch.set_num_threads(before)
+    assert_results_close(ours, *expected_of(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("isa", cpu_isa.others())
+def test_every_instruction_set_keeps_the_contract(isa: str) -> None:
+    cpu_isa.run_file(__file__, isa, "(test_keeps or test_long) and cpu")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -65,23 +65,23 @@ def test_results_are_within_the_bound(case: CrossEntropyCase, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*CE_CASES, LONG], ids=str)
-def test_every_way_to_the_gradient_gives_the_same_bits(
-    case: CrossEntropyCase, dtype: torch.dtype
-) -> None:
+def test_the_gradient_may_take_the_logits_place(case: CrossEntropyCase, dtype: torch.dtype) -> None:
     p = make_cross_entropy_problem(case, dtype)
-    dloss = torch.randn(p.logits.shape[0])
+    dloss = random_like(torch.empty(p.logits.shape[0]), 1)
     loss, lse = forward(p)
-    from_lse = backward(p, lse, dloss)
-
-    fresh = torch.full_like(p.logits, math.nan)
-    for x, y in zip(forward(p, dloss, fresh), (loss, lse), strict=True):
+    fused, expected = torch.full_like(p.logits, math.nan), backward(p, lse, dloss)
+    for x, y in zip(forward(p, dloss, fused), (loss, lse), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
+
     in_place = p._replace(logits=p.logits.clone())
     forward(in_place, dloss, in_place.logits)
-    overwritten = p._replace(logits=p.logits.clone())
-    backward(overwritten, lse, dloss, dlogits=overwritten.logits)
-    for dlogits in (fresh, in_place.logits, overwritten.logits):
-        assert torch.equal(dlogits, from_lse)
+    assert torch.equal(in_place.logits, fused)
+    in_place = p._replace(logits=p.logits.clone())
+    backward(in_place, lse, dloss, dlogits=in_place.logits)
+    assert torch.equal(in_place.logits, expected)
+    # The two differ by what rounding lse costs: exp(z − m) / l against exp(z − lse) / l'.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(fused, expected, rtol=4 * max(eps, 2e-7), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +96,9 @@ def test_rows_of_any_alignment_stay_within_their_bounds(vocab: int, dtype: torch
     lse = forward(p, torch.ones(rows), dlogits[inside])[1]
     compact = p._replace(logits=p.logits.contiguous())
     assert torch.equal(forward(compact)[1], lse)
-    assert torch.equal(dlogits[inside], backward(compact, lse, torch.ones(rows)))
+    expected = torch.full_like(compact.logits, math.nan)
+    forward(compact, torch.ones(rows), expected)
+    assert torch.equal(dlogits[inside], expected)
     dlogits[inside] = 7.0
     assert (dlogits == 7.0).all()
 

@@ -25,6 +25,19 @@ def test_keeps_the_contract(
     check_decode(functools.partial(public.decode, backend=backend), p)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("num_splits", [0, 3])
+def test_splits_over_any_number_of_threads(backend: str, threads: int, num_splits: int) -> None:
+    case = DecodeCase("", (900, 130, 0), capacity=900, head_dim=64, num_splits=num_splits)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        p = make_decode_problem(case, torch.bfloat16)
+        check_decode(functools.partial(public.decode, backend=backend), p)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (10, 0)], ids=str)
 @pytest.mark.parametrize("paged", [False, True], ids=["", "paged"])
 def test_step_by_step_is_attention_over_the_whole(

@@ -131,7 +131,7 @@ static void backprop_share(const AttnBwdParams& b, const Sequence& s, int64_t he
   const int64_t group_size = p.heads_q / p.heads_k;
   const int64_t units = ceil_div(p.seqlen_q, kUnitQueries);
   const int64_t ld_k = padded(p.head_dim), ld_v = padded(p.head_dim_v);
-  const KeyBlocks<T> blocks(p, s, head_k, scratch);
+  const KeyBlocks<T> blocks(p, s, head_k, Walk::kColumns, Walk::kRows, scratch);
   std::fill_n(grads.dk, s.seqlen_k * ld_k, 0.0f);
   std::fill_n(grads.dv, s.seqlen_k * ld_v, 0.0f);
   float* probs = scratch.take(kBlockK * kTileQ);

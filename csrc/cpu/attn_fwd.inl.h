@@ -4,8 +4,6 @@
 // keeps Oᵀ (D_v, kTileQ) with the running maximum and sum of its queries. Blocks outside the window
 // are skipped, and only segments on its edge are masked.
 
-constexpr int kFwdTiles = 256 / kTileQ;  // a task; K and V are read and converted once for them
-
 struct FwdTile {
   Range queries;
   float *q, *out;            // (D, kTileQ), (D_v, kTileQ): transposed
@@ -94,14 +92,19 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
   const FlushDenormals flush;
   const Window window = make_window(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
   Scratch scratch;
-  const KeyBlocks<T> blocks(p, s, head / (p.heads_q / p.heads_k), scratch);
+  const KeyBlocks<T> blocks(p, s, head / (p.heads_q / p.heads_k), Walk::kRows, Walk::kColumns,
+                            scratch);
   ScoreMods mods(p, s, window, scratch);
   mods.set_head(head);
   float* probs = scratch.take(kBlockK * kTileQ);
 
-  FwdTile tiles[kFwdTiles];
+  FwdTile tiles[kMaxTiles];
   int count = 0;
   const T* q = head_at<const T>(p.q, p.q_stride, s.batch, s.q_row, head);
+  T* out = head_at<T>(p.out, p.out_stride, s.batch, s.q_row, head);
+  prefetch_rows(q + queries.begin * p.q_stride.seq, p.q_stride.seq, queries.size(), p.head_dim);
+  prefetch_rows(out + queries.begin * p.out_stride.seq, p.out_stride.seq, queries.size(),
+                p.head_dim_v);
   for (int64_t i = queries.begin; i < queries.end; i += kTileQ) {
     FwdTile& tile = tiles[count++];
     tile.queries = {i, std::min(i + kTileQ, queries.end)};
@@ -125,7 +128,6 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
     }
   });
 
-  T* out = head_at<T>(p.out, p.out_stride, s.batch, s.q_row, head);
   float* lse = p.lse + s.batch * p.lse_stride_batch + head * p.lse_stride_head + s.q_row;
   for (int t = 0; t < count; t++) {
     const int64_t i = tiles[t].queries.begin;
@@ -134,12 +136,9 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
 }
 
 static void attn_fwd(const AttnFwdParams& p, const Pool& pool) {
-  // Several tiles a task, but enough tasks that threads end together.
-  const int64_t heads = p.batch * p.heads_q;
-  int64_t task_queries = kFwdTiles * kTileQ;
-  while (task_queries > kTileQ && heads * ceil_div(p.seqlen_q, task_queries) < 4 * pool.threads()) {
-    task_queries = round_up(task_queries / 2, kTileQ);
-  }
+  const int64_t heads = p.batch * p.heads_q;  // and enough tasks that threads end together:
+  const int64_t task_queries =
+      queries_per_pass(p.head_dim + p.head_dim_v, heads, p.seqlen_q, 4 * pool.threads());
   const int64_t tasks = ceil_div(p.seqlen_q, task_queries);  // a head
   pool.run(heads * tasks, [&](int64_t index) {
     const int64_t task = tasks - 1 - index / heads;  // causal: the last queries see most keys

@@ -7,9 +7,9 @@
 //          t = g·(1 − ε)·w_y,  s = g·ε/V,  a = t + s·Σ w + 2·g·z_loss·lse + dlse
 //
 // A row is read from memory once, in chunks that stay in L1 between their maximum and their sum of
-// exponentials, and a second time, from L2, for the gradient. The backward pass measures the row
-// again instead of using the saved lse: at an offset of 2²⁴ the rounded lse is wrong by 1, and
-// exp(z − lse) by a factor e; and the gradient is then the forward's, bit for bit.
+// exponentials, and a second time, from L2, for the gradient. The backward pass takes the saved lse
+// for m and sums again: at an offset of 2²⁴ the rounded lse is wrong by 1, and exp(z − lse) alone
+// would be by a factor e.
 //
 // Plain rows have z = x and ε = 0: neither class weights nor the z-loss touch their inner loops.
 // All others are rich.
@@ -42,6 +42,12 @@ FASTATTN_INLINE Vec load_or(const T* x, Mask lanes, float otherwise) {
   return select(lanes, load_partial(x, lanes), broadcast(otherwise));
 }
 
+template <class T>
+FASTATTN_INLINE void prefetch_ahead(const T* x, int64_t n) {
+  const char* ahead = reinterpret_cast<const char*>(x) + kPrefetchBytes;
+  for (int64_t byte = 0; byte < n * int64_t(sizeof(T)); byte += 64) prefetch_l2(ahead + byte);
+}
+
 // Largest of n logits, at least -FLT_MAX; NaNs are passed over (the sum will meet them).
 template <class T>
 FASTATTN_INLINE float chunk_max(const T* x, int64_t n) {
@@ -49,8 +55,7 @@ FASTATTN_INLINE float chunk_max(const T* x, int64_t n) {
   Vec m0 = least, m1 = least, m2 = least, m3 = least;
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetchBytes;
-    for (size_t line = 0; line < 4 * kLanes * sizeof(T); line += 64) prefetch_l2(ahead + line);
+    prefetch_ahead(x + i, 4 * kLanes);
     const Pair x0 = load_pair(x + i), x1 = load_pair(x + i + 2 * kLanes);
     m0 = max(x0.a, m0);
     m1 = max(x0.b, m1);
@@ -61,37 +66,47 @@ FASTATTN_INLINE float chunk_max(const T* x, int64_t n) {
   return max(max(max(m0, m1), max(m2, m3)));
 }
 
+// Σ exp(x − shift) of n logits.
+template <bool kPrefetch, class T>
+FASTATTN_INLINE float chunk_sum(const T* x, int64_t n, Vec shift) {
+  Vec even = zero(), odd = zero();
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    if (kPrefetch) prefetch_ahead(x + i, 2 * kLanes);
+    const Pair z = load_pair(x + i);
+    even = even + exp(z.a - shift);
+    odd = odd + exp(z.b - shift);
+  }
+  for (; i < n; i += kLanes) {
+    even = even + exp(load_or(x + i, first_lanes(n - i), -INFINITY) - shift);
+  }
+  return sum(even + odd);
+}
+
 // Adds n logits and their class weights (null = 1) to the row's statistics.
 template <bool kRich, class T>
 FASTATTN_INLINE void add_chunk(const T* x, const float* weight, int64_t n, float cap,
                                RowStats& row) {
   const float old_max = row.max, here = chunk_max(x, n);
   row.max = std::max(old_max, kRich ? max(softcapped(broadcast(here), cap)) : here);
+  row.sum *= std::exp(old_max - row.max);
   const Vec shift = broadcast(row.max), one = broadcast(1.0f);
-  Vec sum_even = zero(), sum_odd = zero(), smooth = zero(), weights = zero();
-  int64_t i = 0;
   if constexpr (kRich) {
-    for (; i < n; i += kLanes) {
+    Vec total = zero(), smooth = zero(), weights = zero();
+    for (int64_t i = 0; i < n; i += kLanes) {
       const Mask lanes = first_lanes(n - i);
       const Vec z = softcapped(load_partial(x + i, lanes), cap) - shift;
       const Vec w = weight ? load_partial(weight + i, lanes) : select(lanes, one, zero());
-      sum_even = sum_even + select(lanes, exp(z), zero());
+      total = total + select(lanes, exp(z), zero());
       smooth = smooth + select(lanes, w * z, zero());
       weights = weights + w;
     }
+    row.sum += sum(total);
     row.smooth += sum(smooth) - row.weight * (row.max - old_max);
     row.weight += sum(weights);
   } else {
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-      const Pair z = load_pair(x + i);
-      sum_even = sum_even + exp(z.a - shift);
-      sum_odd = sum_odd + exp(z.b - shift);
-    }
-    for (; i < n; i += kLanes) {
-      sum_even = sum_even + exp(load_or(x + i, first_lanes(n - i), -INFINITY) - shift);
-    }
+    row.sum += chunk_sum<false>(x, n, shift);
   }
-  row.sum = row.sum * std::exp(old_max - row.max) + sum(sum_even + sum_odd);
 }
 
 template <bool kRich, class T>
@@ -103,6 +118,16 @@ RowStats row_stats(const T* x, const CrossEntropyParams& p) {
   }
   if (row.sum == 0 && p.vocab > 0)
     row.sum = NAN;  // every logit is −inf: no distribution, as in eager
+  return row;
+}
+
+// The same for a plain row whose lse is known, up to rounding.
+template <class T>
+RowStats row_stats_from_lse(const T* x, int64_t vocab, float lse) {
+  RowStats row{lse};
+  for (int64_t c = 0; c < vocab; c += kChunk) {
+    row.sum += chunk_sum<true>(x + c, std::min(kChunk, vocab - c), broadcast(lse));
+  }
   return row;
 }
 
@@ -160,7 +185,8 @@ void one_row(const CrossEntropyParams& p, int64_t r, bool past_caches) {
     return;
   }
 
-  const RowStats row = row_stats<kRich>(x, p);
+  const RowStats row =
+      kRich || p.loss ? row_stats<kRich>(x, p) : row_stats_from_lse(x, p.vocab, p.lse[r]);
   const float log_sum = std::log(row.sum), lse = row.max + log_sum;
   float nll = 0, weight = 0, slope = 1;  // of the target; slope = dz/dx
   if (!ignored) {

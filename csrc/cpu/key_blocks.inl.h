@@ -18,51 +18,71 @@ struct KeyBlock {
   const float* v_row(int64_t key) const { return v + (key - keys.begin) * v_stride; }
 };
 
-template <class T>
-static void prefetch_row(const T* row, int64_t size) {
-  for (int64_t c = 0; c < size; c += 64 / int64_t(sizeof(T))) prefetch_l2(row + c);
-}
+// How a kernel walks a block of K or V: fp32 rows that are far apart are better copied together
+// before they are walked column by column, which would touch a page for each.
+enum class Walk { kRows, kColumns };
 
-// The blocks of a KV head, kBlockK keys at a time. fp32 is used where it lies, whatever its
-// strides: copying it costs 10 %, for the stores alone. Other types are converted into scratch.
+// K or V of a KV head as fp32 rows, some keys at a time: copied into scratch, or where they lie.
+template <class T>
+class KeyRows {
+ public:
+  struct Rows {
+    const float* at;
+    int64_t stride;
+  };
+
+  KeyRows(const T* source, int64_t stride, int64_t cols, Walk walk, Scratch& scratch)
+      : source_(source), stride_(stride), cols_(cols) {
+    constexpr int64_t kFar = 256;  // floats: a block then spans 16 pages
+    const bool in_place =
+        std::is_same_v<T, float> && (walk == Walk::kRows || std::abs(stride) <= kFar);
+    if (!in_place) copy_ = scratch.take(kBlockK * padded(cols));
+  }
+
+  Rows load(Range keys) const {
+    const T* rows = source_ + keys.begin * stride_;
+    if constexpr (std::is_same_v<T, float>) {
+      if (copy_ == nullptr) return {rows, stride_};
+    }
+    load_rows(rows, stride_, keys.size(), cols_, copy_);
+    return {copy_, padded(cols_)};
+  }
+
+  void prefetch(Range keys) const {
+    prefetch_rows(source_ + keys.begin * stride_, stride_, keys.size(), cols_);
+  }
+
+ private:
+  const T* source_;
+  int64_t stride_, cols_;
+  float* copy_ = nullptr;  // (kBlockK, padded(cols))
+};
+
+// The blocks of a KV head, kBlockK keys at a time.
 template <class T>
 class KeyBlocks {
  public:
-  KeyBlocks(const AttnFwdParams& p, const Sequence& s, int64_t head_k, Scratch& scratch)
-      : p_(p),
-        k_source_(head_at<const T>(p.k, p.k_stride, s.batch, s.k_row, head_k)),
-        v_source_(head_at<const T>(p.v, p.v_stride, s.batch, s.k_row, head_k)) {
-    if constexpr (!std::is_same_v<T, float>) {
-      k_ = scratch.take(kBlockK * padded(p.head_dim));
-      v_ = scratch.take(kBlockK * padded(p.head_dim_v));
-    }
-  }
+  KeyBlocks(const AttnFwdParams& p, const Sequence& s, int64_t head_k, Walk walk_k, Walk walk_v,
+            Scratch& scratch)
+      : k_(head_at<const T>(p.k, p.k_stride, s.batch, s.k_row, head_k), p.k_stride.seq, p.head_dim,
+           walk_k, scratch),
+        v_(head_at<const T>(p.v, p.v_stride, s.batch, s.k_row, head_k), p.v_stride.seq,
+           p.head_dim_v, walk_v, scratch) {}
 
   KeyBlock load(Range keys) const {
-    const T* k = k_source_ + keys.begin * p_.k_stride.seq;
-    const T* v = v_source_ + keys.begin * p_.v_stride.seq;
-    if constexpr (std::is_same_v<T, float>) {
-      return {keys, k, v, p_.k_stride.seq, p_.v_stride.seq};
-    } else {
-      load_rows(k, p_.k_stride.seq, keys.size(), p_.head_dim, k_);
-      load_rows(v, p_.v_stride.seq, keys.size(), p_.head_dim_v, v_);
-      return {keys, k_, v_, padded(p_.head_dim), padded(p_.head_dim_v)};
-    }
+    const auto k = k_.load(keys), v = v_.load(keys);
+    return {keys, k.at, v.at, k.stride, v.stride};
   }
 
   // Has these keys on their way while the block before them is computed on: their rows are too far
   // apart for the processor to see what comes next.
-  void prefetch(Range rows) const {
-    for (int64_t n = rows.begin; n < rows.end; n++) {
-      prefetch_row(k_source_ + n * p_.k_stride.seq, p_.head_dim);
-      prefetch_row(v_source_ + n * p_.v_stride.seq, p_.head_dim_v);
-    }
+  void prefetch(Range keys) const {
+    k_.prefetch(keys);
+    v_.prefetch(keys);
   }
 
  private:
-  const AttnFwdParams& p_;
-  const T *k_source_, *v_source_;
-  float *k_ = nullptr, *v_ = nullptr;
+  KeyRows<T> k_, v_;
 };
 
 // Calls body(range) for each block with keys that a query of `queries` sees. Blocks start at

@@ -13,6 +13,21 @@ constexpr int kTileQ = kVecs * kLanes;  // row length of every transposed tile
 constexpr int kBlockK = 64;             // keys a block: K, V and P of one block fit L1 at D = 64
 constexpr int kPad = 16;                // rows in scratch are padded to a multiple of this
 
+constexpr int kMaxTiles = 16;  // of queries that share a pass over the keys
+
+// How many queries share a pass over the keys: the more, the less the reading and converting of K
+// and V costs. But their state, `floats` a query, should stay in 320 KiB of L2, and `heads` heads
+// of `seqlen_q` queries should make at least `tasks` passes. No result depends on it.
+static int64_t queries_per_pass(int64_t floats, int64_t heads, int64_t seqlen_q, int64_t tasks) {
+  int64_t tiles = kMaxTiles;
+  const auto too_many = [&] {
+    return tiles * kTileQ * floats > 80 * 1024 ||
+           heads * ceil_div(seqlen_q, tiles * kTileQ) < tasks;
+  };
+  while (tiles > 1 && too_many()) tiles /= 2;
+  return tiles * kTileQ;
+}
+
 constexpr int64_t padded(int64_t cols) { return round_up(cols, kPad); }
 
 // Calls f(integral_constant<int, vecs>).
@@ -48,6 +63,15 @@ FASTATTN_INLINE void store_upto(T* p, Vec x, int64_t n) {
   }
 }
 
+// Has rows on their way to L2 that will be read or written soon.
+template <class T>
+static void prefetch_rows(const T* src, int64_t stride, int64_t rows, int64_t cols) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t c = 0; c < cols; c += kLine) prefetch_l2(src + r * stride + c);
+  }
+}
+
 // (rows, cols) elements, rows `stride` apart, become fp32 rows padded(cols) apart, with zeros
 // behind cols.
 template <class T>
@@ -63,11 +87,16 @@ static void load_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, 
 }
 
 static bool all_finite(const float* src, int64_t stride, int64_t rows, int64_t cols) {
-  Vec poison = zero();  // becomes NaN where 0 · x is
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      poison = fmadd(load_upto(src + r * stride + c, cols - c), zero(), poison);
+  Vec poison = zero();
+  for (int64_t r = 0; r < rows; r++, src += stride) {
+    Vec row_poison = zero();  // becomes NaN where 0 · x is; one a row, so that rows don't wait
+    const int64_t whole = cols / kLanes * kLanes;
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      row_poison = fmadd(load(src + c), zero(), row_poison);
     }
+    const Vec tail = load_partial(src + whole, first_lanes(cols - whole));
+    row_poison = fmadd(tail, zero(), row_poison);
+    poison = poison + row_poison;
   }
   return sum(poison) == 0;
 }
