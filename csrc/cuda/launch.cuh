@@ -1,0 +1,44 @@
+// Starting a kernel, on a GPU or in the emulator. A kernel takes one struct:
+//   template <…> __global__ void __launch_bounds__(kThreads) name(const __grid_constant__ Params p)
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "elements.cuh"
+#include "kernels.h"
+
+namespace fastattn::cuda {
+
+struct Grid {
+  int64_t x, y = 1, z = 1;  // blocks; at most 2³¹ − 1, 65535, 65535
+  int threads;              // a block
+  int shared_bytes = 0;     // dynamic shared memory a block
+};
+
+// `what` names kernel and shape in an error. A grid without blocks starts nothing.
+template <class Params>
+void launch(void (*kernel)(Params), const Grid& grid, const Params& params, const Device& device,
+            const std::string& what) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                    static_cast<unsigned>(grid.z));
+#ifdef FASTATTN_EMULATE
+  emulator::launch(blocks, dim3(grid.threads), grid.shared_bytes, what, [&] { kernel(params); });
+#else
+  const auto check = [&](cudaError_t error) {
+    if (error != cudaSuccess) {
+      throw std::runtime_error("fastattn: " + what + ": " + cudaGetErrorString(error));
+    }
+  };
+  if (grid.shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
+  }
+  kernel<<<blocks, grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(device.stream)> > >(
+      params);
+  check(cudaGetLastError());
+#endif
+}
+
+}  // namespace fastattn::cuda
