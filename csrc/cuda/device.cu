@@ -5,7 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "launch.cuh"
+#include "elements.cuh"
+#include "kernels.h"
 
 namespace fastattn::cuda {
 
