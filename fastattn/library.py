@@ -72,5 +72,5 @@ def _load(file: Path) -> str | None:
     try:
         torch.ops.load_library(str(file))
     except (OSError, RuntimeError) as error:
-        return f"{file.name} could not be loaded: {error}"
+        return f"{file.name} could not be loaded: {error.__cause__ or error}"
     return None
