@@ -121,6 +121,7 @@ def test_kernels_only_touch_what_they_are_given(emulated_arch: int) -> None:
     """The emulator knows the extents of an operator's arguments: here of an output too short."""
     p = problem()
     out, lse = torch.empty_like(p.q), torch.empty(1, 2, 3)
+    assert library.cuda_load_error() is None
     op = torch.ops.fastattn_emulated.attn_fwd
     op(*p, out, lse)
     with pytest.raises(RuntimeError, match=r"store .* outside all buffers.*tensor argument 17"):
