@@ -251,6 +251,25 @@ def test_missing_barriers(kernels: Kernels, name: str, missing: int, options: st
     ), said
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_named_barriers(kernels: Kernels, seed: int) -> None:
+    out = zeros(96)
+    arguments = {"write": [out], "threads": 64, "shared_bytes": 128, "options": f"seed={seed}"}
+    kernels.run("producer_consumer", numbers=[NOTHING], **arguments)
+    assert out.tolist() == list(range(96))
+    assert "race" in kernels.fault("producer_consumer", numbers=[AFTER_WRITE], **arguments)
+    # A producer that doesn't wait overwrites what is being read, or fills barrier 1 on its own.
+    said = kernels.fault("producer_consumer", numbers=[BEFORE_REWRITE], **arguments)
+    assert "race" in said or "deadlock" in said
+
+
+def test_named_barriers_that_do_not_fit(kernels: Kernels) -> None:
+    said = kernels.fault("wrong_named_barriers", numbers=[0], threads=96)
+    assert re.search(r"barrier 3 of \d+ threads and of \d+", said)
+    said = kernels.fault("wrong_named_barriers", numbers=[1], threads=96)
+    assert "deadlock" in said and "32 lanes wait in a named barrier" in said
+
+
 @pytest.mark.parametrize("options", COMPLETIONS)
 def test_cp_async_needs_a_wait_and_a_barrier(kernels: Kernels, options: str) -> None:
     x, out = torch.randn(64, 4), zeros(64, 4, dtype=torch.float32)
@@ -419,7 +438,20 @@ def test_blocks_that_wait_for_each_other(kernels: Kernels) -> None:
     assert "polls in a row" in said
 
 
-# --- options and the portable fibers --------------------------------------------------------------
+# --- the two halves of ptx.cuh, options, portable fibers ------------------------------------------
+
+
+def test_emulated_ptx_declares_what_ptx_cuh_does() -> None:
+    def declared(path: str, qualifier: str) -> set[str]:
+        text = re.sub(r"//.*", "", (build.ROOT / path).read_text())
+        found = re.findall(rf"((?:template <[^>]*>\s+)?){qualifier} (\w+ \w+\([^{{]*\)) {{", text)
+        plain = (re.sub(r",?\s*Site site = Site::here\(\)", "", " ".join(f)) for f in found)
+        return {re.sub(r"\s+", " ", declaration) for declaration in plain}
+
+    device = declared("csrc/cuda/ptx.cuh", "FASTATTN_DEVICE")
+    emulated = declared("tests/emulator/emulated_ptx.h", "EMULATED")
+    addresses = {d for d in device if "shared_address" in d}  # for the device's half alone
+    assert len(device) > 10 and emulated == device - addresses
 
 
 def test_options(kernels: Kernels) -> None:

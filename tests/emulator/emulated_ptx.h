@@ -11,6 +11,17 @@ namespace fastattn::cuda::ptx {
 using emulator::Format;
 using emulator::Site;
 
+// --- barriers ------------------------------------------------------------------------------------
+
+template <int Id>
+EMULATED void bar_sync(int threads, Site site = Site::here()) {
+  emulator::named_barrier(Id, threads, true, site);
+}
+template <int Id>
+EMULATED void bar_arrive(int threads, Site site = Site::here()) {
+  emulator::named_barrier(Id, threads, false, site);
+}
+
 // --- matrix fragments ----------------------------------------------------------------------------
 
 EMULATED void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {

@@ -223,6 +223,33 @@ __global__ void lanes(const __grid_constant__ Arguments a) {
   }
 }
 
+// Warp 0 hands (3, 32) numbers to warp 1 through one buffer: barrier 1 says it is full, 2 empty.
+__global__ void producer_consumer(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  auto* s = reinterpret_cast<int*>(shared);
+  const int lane = threadIdx.x % 32;
+  for (int round = 0; round < 3; ++round) {
+    if (threadIdx.x < 32) {
+      if (round > 0 && a.number[0] != kBarrierBeforeRewrite) ptx::bar_sync<2>(64);
+      s[lane] = 32 * round + lane;
+      ptx::bar_arrive<1>(64);
+    } else {
+      ptx::bar_sync<1>(64);
+      if (a.number[0] == kBarrierAfterWrite) s[lane ^ 1] = s[lane];
+      pointer<int>(a, 0)[32 * round + lane] = s[lane];
+      if (round < 2 && a.number[0] != kBarrierBeforeRewrite) ptx::bar_arrive<2>(64);
+    }
+  }
+}
+// Barriers of different sizes; of more warps than come.
+__global__ void wrong_named_barriers(const __grid_constant__ Arguments a) {
+  if (a.number[0] == 0) {
+    ptx::bar_sync<3>(threadIdx.x < 32 ? 64 : 96);
+  } else if (threadIdx.x < 32) {
+    ptx::bar_sync<3>(64);
+  }
+}
+
 // Threads write single 16-bit elements of words that they share; then each reads four.
 __global__ void halves(const __grid_constant__ Arguments a) {
   FASTATTN_SHARED(shared);
@@ -403,6 +430,8 @@ const Entry kKernels[] = {
     ENTRY(block_sums),
     ENTRY(neighbours),
     ENTRY(lanes),
+    ENTRY(producer_consumer),
+    ENTRY(wrong_named_barriers),
     ENTRY(halves),
     ENTRY(both_write),
     ENTRY(atomics_on_shared),
