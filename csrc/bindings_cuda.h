@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <stdexcept>
 #include <string>
 
 #include "cuda/kernels.h"
@@ -59,66 +58,33 @@ class Call {
 
 namespace fastattn {
 
-// Not all of them are written yet: what is missing is null in the library, and calling it throws.
-namespace cuda {
-[[gnu::weak]] void attn_fwd(const AttnFwdParams&, const Device&);
-[[gnu::weak]] int64_t attn_bwd_workspace(const AttnBwdParams&, const Device&);
-[[gnu::weak]] void attn_bwd(const AttnBwdParams&, void*, const Device&);
-[[gnu::weak]] int64_t attn_decode_workspace(const AttnDecodeParams&, const Device&);
-[[gnu::weak]] void attn_decode(const AttnDecodeParams&, void*, const Device&);
-[[gnu::weak]] void cache_append(const CacheAppendParams&, const Device&);
-[[gnu::weak]] void cross_entropy_fwd(const CrossEntropyParams&, const Device&);
-[[gnu::weak]] void cross_entropy_bwd(const CrossEntropyParams&, const Device&);
-}  // namespace cuda
-
 // The kernels, for one call of an operator with these arguments.
 class Kernels {
  public:
   template <class... Arguments>
   explicit Kernels(Arguments&&... arguments) : call_(std::forward<Arguments>(arguments)...) {}
 
-  void attn_fwd(const AttnFwdParams& p) { start(cuda::attn_fwd, "attn_fwd", p); }
+  void attn_fwd(const AttnFwdParams& p) { cuda::attn_fwd(p, call_.device()); }
   void attn_bwd(const AttnBwdParams& p) {
-    start(cuda::attn_bwd, "attn_bwd", p, cuda::attn_bwd_workspace);
+    void* workspace = call_.workspace(cuda::attn_bwd_workspace(p, call_.device()));
+    cuda::attn_bwd(p, workspace, call_.device());
   }
   void attn_decode(const AttnDecodeParams& p) {
-    start(cuda::attn_decode, "attn_decode", p, cuda::attn_decode_workspace);
+    void* workspace = call_.workspace(cuda::attn_decode_workspace(p, call_.device()));
+    cuda::attn_decode(p, workspace, call_.device());
   }
-  void cache_append(const CacheAppendParams& p) { start(cuda::cache_append, "cache_append", p); }
+  void cache_append(const CacheAppendParams& p) { cuda::cache_append(p, call_.device()); }
   void cross_entropy_fwd(const CrossEntropyParams& p) {
-    start(cuda::cross_entropy_fwd, "cross_entropy_fwd", p);
+    cuda::cross_entropy_fwd(p, call_.device());
   }
   void cross_entropy_bwd(const CrossEntropyParams& p) {
-    start(cuda::cross_entropy_bwd, "cross_entropy_bwd", p);
+    cuda::cross_entropy_bwd(p, call_.device());
   }
 
   // What the kernels are built for, as FASTATTN_CUDA_ARCHS has it; "emulated" in the emulator.
   static std::string target() { return FASTATTN_BUILT_FOR; }
 
  private:
-  template <class Params>
-  using Kernel = void (*)(const Params&, const cuda::Device&);
-  template <class Params>
-  using KernelWithWorkspace = void (*)(const Params&, void*, const cuda::Device&);
-  template <class Params>
-  using Workspace = int64_t (*)(const Params&, const cuda::Device&);
-
-  template <class Params>
-  void start(Kernel<Params> kernel, const char* name, const Params& p) {
-    check_present(kernel != nullptr, name);
-    kernel(p, call_.device());
-  }
-  template <class Params>
-  void start(KernelWithWorkspace<Params> kernel, const char* name, const Params& p,
-             Workspace<Params> workspace) {
-    check_present(kernel != nullptr, name);
-    kernel(p, call_.workspace(workspace(p, call_.device())), call_.device());
-  }
-
-  static void check_present(bool present, const char* name) {
-    if (!present) throw std::runtime_error(std::string("there is no CUDA kernel yet for ") + name);
-  }
-
   Call call_;
 };
 

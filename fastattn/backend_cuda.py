@@ -71,13 +71,6 @@ def _no_kernel(p: Problem, arch: int) -> str | None:
     dtype = p[0].dtype
     if dtype not in KERNEL_DTYPES:
         return f"dtype {dtype} has no kernel, only float32, bfloat16 and float16 have"
-    if not isinstance(p, AttentionProblem):
-        return None
-    # Attention's products are the tensor cores': in fp32 they have none, sm_75 has fp16's alone.
-    if dtype == torch.float32:
-        return "dtype torch.float32 has no attention kernel, only bfloat16 and float16 have"
-    if dtype == torch.bfloat16 and arch < 80:
+    if isinstance(p, AttentionProblem) and dtype == torch.bfloat16 and arch < 80:
         return f"sm_{arch} has no tensor core products of bfloat16; float16 has a kernel"
-    if any(isinstance(t, Tensor) and t.requires_grad for t in p):
-        return "its attention has no backward kernel yet, and these tensors require gradients"
     return None

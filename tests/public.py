@@ -28,7 +28,7 @@ def drawn_seed() -> Tensor:
 
 
 def skip_if_refused(p: backends.Problem, backend: str | None) -> None:
-    """CUDA kernels don't take every dtype; tests/test_cuda.py says which they do take."""
+    """sm_75 has no attention in bfloat16, as tests/test_cuda.py says."""
     if backend == "cuda":
         (row,) = (row for row in backends.TABLE if row.name == "cuda")
         if (reason := row.refuses(p, asked=True)) is not None:

@@ -27,6 +27,8 @@ from fastattn.testing import (
     to_float64,
 )
 
+pytestmark = pytest.mark.emulated
+
 # --- the shared grid ------------------------------------------------------------------------------
 
 _expected: dict[tuple[str, torch.dtype], tuple[Results, Results]] = {}

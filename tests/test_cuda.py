@@ -1,7 +1,7 @@
-"""The CUDA kernels on the emulator, and the backend's row: what it takes and what it refuses.
+"""The CUDA kernels' row in the backend table, here where they run in the emulator.
 
-Cross-entropy and decoding are held to the contract by the tests of every backend, test_losses.py
-and test_decode.py; attention here, as long as it has no backward.
+They are held to the contract by the tests of every backend: test_attention.py, test_decode.py,
+test_losses.py.
 """
 
 from __future__ import annotations
@@ -9,41 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import public
 import pytest
 import torch
 
 import fastattn
-from fastattn import backend_cuda, backends, info, library, reference
+from fastattn import backend_cuda, backends, info, library
 from fastattn.problem import AttentionProblem
-from fastattn.testing import (
-    CASES,
-    Case,
-    assert_results_close,
-    eager_attention,
-    make_problem,
-    to_float64,
-)
-
-HALVES = (torch.float16, torch.bfloat16)
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=public.name_of)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_keeps_the_contract(
-    emulated_arch: int, case: Case, dtype: torch.dtype, poisoned: None
-) -> None:
-    p = make_problem(case, dtype)
-    if p.dropout_p > 0:
-        p = p._replace(seed=public.drawn_seed())
-    out, lse = public.attention(p, "cuda")
-    assert out.dtype == dtype and lse.dtype == torch.float32 and out.is_contiguous()
-    results = [(out, lse), reference.attention(to_float64(p)), eager_attention(p)]
-    names = ("out", "lse")
-    assert_results_close(*(dict(zip(names, result, strict=True)) for result in results))
-
-
-# --- the row of the backend table -----------------------------------------------------------------
 
 
 def problem(dtype: torch.dtype = torch.float16, **options: Any) -> AttentionProblem:
@@ -78,9 +49,6 @@ def test_what_has_no_kernel_is_refused_with_the_reason(emulated_arch: int) -> No
     assert "float64 has no kernel" in verdict(problem(torch.float64))
     bf16 = verdict(problem(torch.bfloat16))
     assert ("no tensor core products of bfloat16" in bf16) == (emulated_arch == 75)
-    p = problem()
-    with pytest.raises(RuntimeError, match="no backward kernel yet"):
-        fastattn.attention(p.q.requires_grad_(), p.k, p.v, backend="cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here CUDA kernels may be usable")
