@@ -31,7 +31,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         from fastattn import backends
 
         names = [r.name for r in backends.TABLE if r.name != "cuda" and r.unusable() is None]
-        if metafunc.definition.get_closest_marker("emulated"):
+        emulated_too = metafunc.definition.get_closest_marker("emulated") is not None
+        if emulated_too and "threads" not in metafunc.fixturenames:  # threads are the CPU's
             names += [f"cuda-sm{arch}" for arch in EMULATED]
         if wanted := metafunc.config.getoption("--backend"):
             names = [name for name in names if name in wanted or name.split("-")[0] in wanted]
