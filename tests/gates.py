@@ -24,11 +24,16 @@ import nvcc
 class Budget(NamedTuple):
     registers: int  # a thread, at most
     shared: int = 0  # static shared memory, bytes; the dynamic one stands in the tile tables
-    tensor_cores: bool = False
+    tensor_cores: bool = False  # but in instances that are named after plain arithmetic
 
 
 # 65,536 registers an SM: 255 leave room for 8 warps, 128 for 16, 64 for 32.
 BUDGET = {
+    "attn_bwd_dkv_kernel": Budget(255, tensor_cores=True),
+    "attn_bwd_dq_kernel": Budget(255, tensor_cores=True),
+    "attn_bwd_dsinks_kernel": Budget(32),
+    "attn_bwd_prep_kernel": Budget(64),
+    "attn_fwd_fp32_kernel": Budget(255),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
 }
 
@@ -131,7 +136,8 @@ def faults(kernel: Kernel, name: str, ops: collections.Counter[str] | None) -> l
     if ops is not None:
         if local := ops["LDL"] + ops["STL"]:
             found.append(f"{local} accesses to local memory")
-        if budget.tensor_cores and not ops["HMMA"] + ops["HGMMA"]:
+        arithmetic = "MultiplyAdd" in name
+        if budget.tensor_cores and not arithmetic and not ops["HMMA"] + ops["HGMMA"]:
             found.append("no tensor core instruction")
     return found
 
