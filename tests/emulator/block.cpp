@@ -163,7 +163,7 @@ void complete(Block& b, Barrier& barrier) {
       const Knowledge joined = barrier.released.take();
       for (Thread* t : barrier.waiting) {
         t->known = joined;
-        ++t->clock;
+        advance_clock(*t);
       }
     }
   }
@@ -214,7 +214,8 @@ void named_barrier(int id, int threads, bool waits, Site site) {
   } else if (options().races) {
     if (barrier.era != b.era) barrier.released.forget_own();
     barrier.era = b.era;
-    barrier.released.add(t.known, t.id, t.clock++);
+    barrier.released.add(t.known, t.id, t.clock);
+    advance_clock(t);
   }
   if (barrier.arrived == threads) {
     complete(b, barrier);
@@ -287,6 +288,12 @@ void access_shared(Thread& t, const void* p, size_t bytes, Access access, const 
          b.shared_bytes);
   }
   if (options().races) b.shadow.access(offset, bytes, access, observer(t), what, site);
+}
+
+void advance_clock(Thread& t) {
+  if (++t.clock >> kClockBits != 0) {
+    fail(Site{}, "too many fences and barriers without one of the whole block: use races=0");
+  }
 }
 
 const ThreadIds& ids() { return *current->ids; }

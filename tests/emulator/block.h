@@ -83,6 +83,9 @@ void yield_thread();
 inline Observer observer(const Thread& t) {
   return {t.block->era, t.id, t.clock, t.known.own.get()};
 }
+// The thread has released what it did so far: what follows isn't part of that.
+void advance_clock(Thread& t);
+
 // `what` accesses a range that begins in the block's shared memory: bounds, races.
 void access_shared(Thread& t, const void* p, size_t bytes, Access access, const char* what,
                    Site site);

@@ -46,8 +46,8 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, S
 
 // --- asynchronous copies -------------------------------------------------------------------------
 
-// `size` (4, 8, 16) bytes to shared memory: `bytes` of them from global memory, zeros behind.
-void cp_async(void* shared, const void* global, int size, int bytes, Site site);
+// 16 bytes to shared memory: `bytes` of them from global memory, zeros behind.
+void cp_async(void* shared, const void* global, int bytes, Site site);
 void cp_async_commit();
 void cp_async_wait(int groups_left, Site site);
 

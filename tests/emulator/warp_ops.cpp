@@ -77,7 +77,7 @@ void sync_warp(uint32_t mask, Site site) {
     const Knowledge joined = join.take();
     for (int i = 0; i < 32; ++i) {
       lanes[i]->known = joined;
-      ++lanes[i]->clock;
+      advance_clock(*lanes[i]);
     }
   });
 }
