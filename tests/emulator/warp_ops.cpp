@@ -11,7 +11,7 @@ namespace emulator {
 const char* const warp_op_names[] = {"nothing",    "a shuffle", "a vote",
                                      "__syncwarp", "ldmatrix",  "mma"};
 
-void meet_in_different_instructions(Warp& w, WarpOp op, Site site) {
+void fail_to_meet(const Warp& w, WarpOp op, Site site) {
   fail(site, "lanes of one warp meet in different instructions: %s here, %s at line %d",
        warp_op_names[static_cast<int>(op)], warp_op_names[static_cast<int>(w.op)], w.site.line);
 }
