@@ -12,7 +12,7 @@ from emulator import build
 from emulator.runtime import EmulatorError, Library
 from torch import Tensor
 
-SOURCES = ["tests/emulator/test_kernels.cu"]
+SOURCES = ["tests/emulator/test_kernels.cu", "tests/emulator/faulty_kernels.cu"]
 COMPLETIONS = ["eager", "lazy", *(f"random,seed={seed}" for seed in range(1, 5))]
 
 
@@ -32,7 +32,7 @@ class Kernels(Library):
         shared_bytes: int = 0,
         options: str = "",
     ) -> None:
-        """Starts a kernel of test_kernels.cu with pointers to `read`, then `write`."""
+        """Starts a kernel of SOURCES with pointers to `read`, then `write`."""
         tensors = [*read, *write]
         arguments = Arguments()
         arguments.pointer[: len(tensors)] = [t.data_ptr() for t in tensors]
@@ -246,7 +246,7 @@ def test_missing_barriers(kernels: Kernels, name: str, missing: int, options: st
     # Which of two accesses comes too early depends on the schedule, that there is a race doesn't.
     assert re.search(
         r"block \(0, 0, 0\) thread \d+: race: (load|store|atomicAdd) of byte \d+ of shared memory "
-        r"isn't ordered after the (read|write) of thread \d+ at test_kernels.cu:\d+",
+        r"isn't ordered after the (read|write) of thread \d+ at faulty_kernels.cu:\d+",
         said,
     ), said
 
@@ -315,7 +315,7 @@ def test_global_bounds(kernels: Kernels, options: str) -> None:
         place = f"byte {4 * index} of {name}, which has 64"
         assert re.search(
             r"in read_and_write\n.*block \(0, 0, 0\) thread 5: load of 4 bytes at 0x\w+, "
-            rf"outside all buffers: {place} at test_kernels.cu:\d+",
+            rf"outside all buffers: {place} at faulty_kernels.cu:\d+",
             said,
         ), said
     assert "store of 4 bytes" in kernels.fault("read_and_write", numbers=[0, 16], **arguments)
@@ -366,7 +366,7 @@ def test_alignment(kernels: Kernels) -> None:
     base = -x.data_ptr() % 16
     kernels.run("misaligned", [x], [out], [base])
     said = kernels.fault("misaligned", read=[x], write=[out], numbers=[base + 8])
-    assert re.search(r"isn't aligned to the 16 bytes .* at test_kernels.cu:\d+", said), said
+    assert re.search(r"isn't aligned to the 16 bytes .* at faulty_kernels.cu:\d+", said), said
     said = kernels.fault("misaligned_row", numbers=[8], shared_bytes=64)
     assert "ldmatrix: the row of lane 0 isn't aligned to 16 bytes" in said
 
@@ -436,6 +436,25 @@ def test_blocks_that_wait_for_each_other(kernels: Kernels) -> None:
         assert out[1].tolist() == [5, 4, 3, 2, 1]
     said = kernels.fault("wait_for_the_next", write=[zeros(5), zeros(5)], **arguments)
     assert "polls in a row" in said
+
+
+# --- planted faults -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["neighbours", "lanes", "halves", "copy_and_read"])
+def test_every_barrier_is_missed(kernels: Kernels, name: str) -> None:
+    """In kernels that have none too many: `copy_and_read` waits once more as it exits."""
+    x, out = torch.randn(64, 4), zeros(64, 4)
+    read, numbers = ([x], [0, 1]) if name == "copy_and_read" else ([], [0])
+    arguments = {"read": read, "write": [out], "numbers": numbers, "threads": 64}
+    arguments |= {"shared_bytes": 1024}
+    kernels.passed_places()
+    kernels.run(name, options="without=?", **arguments)
+    places = kernels.passed_places()
+    assert len(places) == {"halves": 1, "copy_and_read": 3}.get(name, 2), places
+    for place in places[: 2 if name == "copy_and_read" else None]:
+        assert place.startswith("faulty_kernels.cu:")
+        kernels.fault(name, options=f"without={place}", **arguments)
 
 
 # --- the two halves of ptx.cuh, options, portable fibers ------------------------------------------

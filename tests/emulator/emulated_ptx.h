@@ -50,7 +50,7 @@ EMULATED void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, f
 // --- asynchronous copies -------------------------------------------------------------------------
 
 EMULATED void cp_async_16(void* shared, const void* global, int bytes, Site site = Site::here()) {
-  emulator::cp_async(shared, global, 16, bytes, site);
+  emulator::cp_async(shared, global, bytes, site);
 }
 EMULATED void cp_async_commit() { emulator::cp_async_commit(); }
 template <int N>

@@ -46,14 +46,14 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, S
 
 // --- asynchronous copies -------------------------------------------------------------------------
 
-// `size` (4, 8, 16) bytes to shared memory: `bytes` of them from global memory, zeros behind.
-void cp_async(void* shared, const void* global, int size, int bytes, Site site);
+// 16 bytes to shared memory: `bytes` of them from global memory, zeros behind.
+void cp_async(void* shared, const void* global, int bytes, Site site);
 void cp_async_commit();
 void cp_async_wait(int groups_left, Site site);
 
 // --- global memory -------------------------------------------------------------------------------
 
-void thread_fence();
+void thread_fence(Site site);
 float atomic_add(float* p, float x, Site site);
 int32_t atomic_add(int32_t* p, int32_t x, Site site);
 uint32_t atomic_add(uint32_t* p, uint32_t x, Site site);
@@ -83,4 +83,7 @@ const char* emulator_set_options(const char* text);
 // A kernel may touch global memory only inside buffers named here beforehand.
 void emulator_add_buffer(const void* address, int64_t bytes, const char* name, int writable);
 void emulator_clear_buffers();
+// The places of barriers, waits and fences that launches with the option `without` passed since the
+// last call, one in a line.
+const char* emulator_passed_places();
 }

@@ -4,6 +4,7 @@
 #include "bits.h"
 #include "block.h"
 #include "options.h"
+#include "planted_fault.h"
 #include "report.h"
 
 namespace emulator {
@@ -11,7 +12,7 @@ namespace emulator {
 const char* const warp_op_names[] = {"nothing",    "a shuffle", "a vote",
                                      "__syncwarp", "ldmatrix",  "mma"};
 
-void meet_in_different_instructions(Warp& w, WarpOp op, Site site) {
+void fail_to_meet(const Warp& w, WarpOp op, Site site) {
   fail(site, "lanes of one warp meet in different instructions: %s here, %s at line %d",
        warp_op_names[static_cast<int>(op)], warp_op_names[static_cast<int>(w.op)], w.site.line);
 }
@@ -69,6 +70,7 @@ uint32_t ballot(uint32_t mask, bool predicate, Site site) {
 
 void sync_warp(uint32_t mask, Site site) {
   check_mask(mask, "__syncwarp", site);
+  if (is_left_out(site)) return;
   Thread* t = current;
   warp_instruction(WarpOp::kSyncWarp, 0, t, site, [](Warp&, Thread* const* lanes) {
     if (!options().races) return;
@@ -77,7 +79,7 @@ void sync_warp(uint32_t mask, Site site) {
     const Knowledge joined = join.take();
     for (int i = 0; i < 32; ++i) {
       lanes[i]->known = joined;
-      ++lanes[i]->clock;
+      advance_clock(*lanes[i]);
     }
   });
 }
