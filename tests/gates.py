@@ -31,7 +31,7 @@ class Budget(NamedTuple):
 BUDGET = {
     "attn_bwd_dkv_kernel": Budget(255, tensor_cores=True),
     "attn_bwd_dq_kernel": Budget(255, tensor_cores=True),
-    "attn_bwd_dsinks_kernel": Budget(32),
+    "attn_bwd_dsinks_kernel": Budget(64),
     "attn_bwd_prep_kernel": Budget(64),
     "attn_fwd_fp32_kernel": Budget(255),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
