@@ -100,6 +100,12 @@ FASTATTN_DEVICE float lg2(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1/x within 1 ulp, denormals flushed.
+FASTATTN_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Two floats rounded to nearest even, `low` in the lower half. bf16: sm_80.
 FASTATTN_DEVICE uint32_t pack(float low, float high, bf16) {

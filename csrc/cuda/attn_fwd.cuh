@@ -1,0 +1,288 @@
+// softmax(scale·QKᵀ …)V with mma.sync, for sm_75 and sm_80 … sm_120.
+//
+// A block of threads owns kBlockM queries of one head, a warp 16 or 32 of them: all their scores
+// and the whole of their output stay in its registers, so that the softmax needs no exchange beyond
+// a quad of lanes, and weights go from accumulators to operands where they are. With 32 rows every
+// fragment of K and V feeds two products, which halves what shared memory has to deliver.
+//
+// Keys pass by in blocks of kBlockN, from the last to the first (FlashAttention-2's schedule; Dao,
+// 2023). K and V have one buffer each: V(n) is copied while Q·K(n)ᵀ is computed, K(n − 1) during
+// the softmax and P·V(n); two barriers a block. Causal masks and windows are ranges of blocks at
+// run time; a warp masks only blocks its window's edge passes through.
+//
+//   S = Q·Kᵀ                  (kBlockM, kBlockN)  fp32 accumulators
+//   P = 2^(S·factor − row_max)                    rounded to T
+//   O = O·rescale + P·V       (kBlockM, kHeadDim) fp32 accumulators
+#pragma once
+
+#include "../block_range.h"
+#include "elements.cuh"
+#include "fragments.cuh"
+#include "launch.cuh"
+#include "score_mods.cuh"
+#include "softmax.cuh"
+#include "tile_copy.cuh"
+#include "tiles.cuh"
+#include "work_order.cuh"
+
+namespace fastattn::cuda {
+
+struct AttnFwdLaunch {
+  AttnFwdParams params;
+  WorkOrder order;
+  bool qkv_aligned, out_aligned;  // rows can be moved 16 bytes at a time
+};
+
+// Rows of one head of one sequence.
+template <class T>
+FASTATTN_DEVICE T* head_at(const void* tensor, const Strides& stride, int64_t batch, int64_t row,
+                           int64_t head) {
+  return static_cast<T*>(const_cast<void*>(tensor)) + batch * stride.batch + row * stride.seq +
+         head * stride.head;
+}
+
+// scores = Q (rows row … of sQ, or q) · Kᵀ
+template <class Arch, class T, int kM, int kN, int kHeadDim, int kQ>
+FASTATTN_DEVICE void multiply_qk(float (&scores)[kM][kN][4], const SharedTile<kHeadDim>& sQ,
+                                 int row, const uint32_t (&q)[kQ][kM][4],
+                                 const SharedTile<kHeadDim>& sK) {
+  clear(scores);
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 16; k++) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; m++) {
+      if constexpr (kQ > 1) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) a[m][e] = q[k][m][e];
+      } else {
+        load_a(a[m], sQ, row + 16 * m, k);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t b[4];
+      load_b(b, sK, 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < kM; m++) {
+        mma(Arch{}, T{}, scores[m][n], a[m], b[0], b[1]);
+        mma(Arch{}, T{}, scores[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// out += weights · V
+template <class Arch, class T, int kM, int kN, int kD, int kHeadDim>
+FASTATTN_DEVICE void multiply_pv(float (&out)[kM][kD][4], const float (&weights)[kM][kN][4],
+                                 const SharedTile<kHeadDim>& sV) {
+#pragma unroll
+  for (int k = 0; k < kN / 2; k++) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; m++) pack_a(a[m], weights[m], k, T{});
+#pragma unroll
+    for (int d = 0; d < kD; d += 2) {
+      uint32_t b[4];
+      load_b_trans(b, sV, k, 8 * d);
+#pragma unroll
+      for (int m = 0; m < kM; m++) {
+        mma(Arch{}, T{}, out[m][d], a[m], b[0], b[1]);
+        mma(Arch{}, T{}, out[m][d + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Rows [row, row + 16·kM) of the tile of queries, through shared memory: as 16-byte pieces, or
+// element by element where rows are not aligned. Both halves are this warp's own rows.
+template <class T, int kM, int kD, int kHeadDim>
+FASTATTN_DEVICE void store_out(const float (&out)[kM][kD][4], const SharedTile<kHeadDim>& sO,
+                               int row, T* rows, int64_t stride, int count, int cols,
+                               bool aligned) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < kM; m++) {
+#pragma unroll
+    for (int d = 0; d < kD; d++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        unsigned char* chunk = sO.chunk(row + 16 * m + 8 * half + lane / 4, d);
+        reinterpret_cast<uint32_t*>(chunk)[lane % 4] =
+            ptx::pack(out[m][d][2 * half], out[m][d][2 * half + 1], T{});
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kLanes = kHeadDim % 64 == 0 ? 8 : 4;  // of a row
+  for (int r = row + lane / kLanes; r < row + 16 * kM && r < count; r += 32 / kLanes) {
+    for (int c = lane % kLanes; c * kChunk < cols; c += kLanes) {
+      const uint4 words = *reinterpret_cast<const uint4*>(sO.chunk(r, c));
+      T* to = rows + r * stride + c * kChunk;
+      if (aligned) {
+        *reinterpret_cast<uint4*>(to) = words;
+      } else {
+        scatter_chunk(to, words, cols - c * kChunk);
+      }
+    }
+  }
+}
+
+template <class Arch, class T, int kHeadDim, Scores kScores>
+__global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
+    attn_fwd_kernel(const __grid_constant__ AttnFwdLaunch launch) {
+  constexpr FwdTile kTile = fwd_tile<Arch>(kHeadDim, kScores);
+  constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n;
+  constexpr int kThreads = kTile.threads(), kM = kTile.m_tiles();
+  constexpr int kN = kBlockN / 8, kD = kHeadDim / 8;  // accumulators along keys and head dim
+  constexpr int kWarpRows = 16 * kM;
+
+  const AttnFwdParams& p = launch.params;
+  const WorkOrder::Item work = launch.order.item(blockIdx.x);
+  const Sequence s = sequence_at(p, work.batch);
+  const int first_query = work.m_block * kBlockM;
+  const Range queries = intersect({first_query, first_query + kBlockM}, {0, s.seqlen_q});
+  if (queries.empty()) return;
+  const int rows = static_cast<int>(queries.size());
+  const int seqlen_k = static_cast<int>(s.seqlen_k);
+  const int head_k = work.head / launch.order.group_size;
+
+  const Window window = make_window(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
+  const Range keys = keys_seen_by_any(window, queries);
+  const int n_block_min = static_cast<int>(keys.begin / kBlockN);
+  const int n_block_end =
+      keys.empty() ? n_block_min : static_cast<int>(ceil_div(keys.end, kBlockN));
+
+  FASTATTN_SHARED(shared);
+  const SharedTile<kHeadDim> sQ{shared}, sK{shared + 2 * kHeadDim * kBlockM},
+      sV{shared + 2 * kHeadDim * (kBlockM + kBlockN)};
+  const int q_row = static_cast<int>(s.q_row) + first_query;
+  const TileSource<T> gQ{head_at<const T>(p.q, p.q_stride, s.batch, q_row, work.head),
+                         p.q_stride.seq, static_cast<int>(p.head_dim), launch.qkv_aligned};
+  const TileSource<T> gK{head_at<const T>(p.k, p.k_stride, s.batch, s.k_row, head_k),
+                         p.k_stride.seq, static_cast<int>(p.head_dim), launch.qkv_aligned};
+  const TileSource<T> gV{head_at<const T>(p.v, p.v_stride, s.batch, s.k_row, head_k),
+                         p.v_stride.seq, static_cast<int>(p.head_dim_v), launch.qkv_aligned};
+  TileCopy<Arch, T, kBlockN, kHeadDim, kThreads> k_copy(gK, sK), v_copy(gV, sV);
+
+  const int warp_row = threadIdx.x / 32 * kWarpRows;  // in the tile
+  const KernelWindow kernel_window(window);
+  const Range interior =
+      keys_seen_by_all(window, {first_query + warp_row, first_query + warp_row + kWarpRows});
+  const int interior_begin = static_cast<int>(interior.begin);
+  const int interior_end = static_cast<int>(interior.end);
+  const ScoreMods<T> mods(p, s, window, work.head);
+  const float factor = kScores == Scores::kPlain ? p.scale * kLog2E : kLog2E;
+
+  float out[kM][kD][4];
+  clear(out);
+  OnlineSoftmax<kM> softmax;
+
+  if (n_block_min < n_block_end) {
+    TileCopy<Arch, T, kBlockM, kHeadDim, kThreads> q_copy(gQ, sQ);
+    q_copy.start(0, rows);
+    k_copy.start((n_block_end - 1) * kBlockN, seqlen_k);
+    q_copy.finish();
+    k_copy.finish();
+    __syncthreads();
+  }
+  constexpr int kQ = kTile.q_in_registers ? kHeadDim / 16 : 1;
+  uint32_t q[kQ][kM][4];
+  if constexpr (kTile.q_in_registers) {
+#pragma unroll
+    for (int k = 0; k < kQ; k++) {
+#pragma unroll
+      for (int m = 0; m < kM; m++) load_a(q[k][m], sQ, warp_row + 16 * m, k);
+    }
+  }
+
+  for (int n_block = n_block_end - 1; n_block >= n_block_min; n_block--) {
+    const int first_key = n_block * kBlockN;
+    v_copy.start(first_key, seqlen_k);
+    float scores[kM][kN][4];
+    multiply_qk<Arch, T>(scores, sQ, warp_row, q, sK);
+    v_copy.finish();
+    __syncthreads();  // V is there, and nobody reads K any more
+    if (n_block > n_block_min) k_copy.start(first_key - kBlockN, seqlen_k);
+
+    const Position at = thread_position(first_query + warp_row, first_key);
+    if constexpr (kScores == Scores::kRich) mods.apply(scores, at);
+    if (first_key < interior_begin || first_key + kBlockN > interior_end) {
+      hide_outside(scores, kernel_window, at);
+    }
+    softmax.update(scores, factor, out);
+    if constexpr (kScores == Scores::kRich) {
+      if (p.seed) mods.drop(scores, at);
+    }
+    multiply_pv<Arch, T>(out, scores, sV);
+    if (n_block > n_block_min) {
+      k_copy.finish();
+      __syncthreads();  // K is there, and nobody reads V any more
+    }
+  }
+
+  const int lane = threadIdx.x % 32;
+  const float sink = p.sinks ? p.sinks[work.head] : -INFINITY;
+  const float kept = kScores == Scores::kRich && p.seed ? p.dropout_scale : 1.0f;
+  float* lse = p.lse + work.batch * p.lse_stride_batch + work.head * p.lse_stride_head + q_row;
+#pragma unroll
+  for (int m = 0; m < kM; m++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const auto row = softmax.finish(m, half, sink);
+      const int r = warp_row + 16 * m + 8 * half + lane / 4;
+      if (lane % 4 == 0 && r < rows) lse[r] = row.lse;
+#pragma unroll
+      for (int d = 0; d < kD; d++) {
+        out[m][d][2 * half] *= row.factor * kept;
+        out[m][d][2 * half + 1] *= row.factor * kept;
+      }
+    }
+  }
+  T* out_rows = head_at<T>(p.out, p.out_stride, work.batch, q_row, work.head);
+  store_out(out, sQ, warp_row, out_rows, p.out_stride.seq, rows, static_cast<int>(p.head_dim_v),
+            launch.out_aligned);
+}
+
+inline std::string describe(const AttnFwdParams& p) {
+  return "attn_fwd, B " + std::to_string(p.batch) + ", S " + std::to_string(p.seqlen_q) + " × " +
+         std::to_string(p.seqlen_k) + ", H " + std::to_string(p.heads_q) + " / " +
+         std::to_string(p.heads_k) + ", D " + std::to_string(p.head_dim) + " / " +
+         std::to_string(p.head_dim_v);
+}
+
+template <class Arch, class T, int kHeadDim, Scores kScores>
+void launch_attn_fwd(const AttnFwdParams& p, const Device& device) {
+  constexpr FwdTile kTile = fwd_tile<Arch>(kHeadDim, kScores);
+  AttnFwdLaunch params;
+  params.params = p;
+  params.order = make_work_order(p, kTile.block_m, sizeof(T));
+  params.qkv_aligned = rows_aligned<T>(p.q, p.q_stride, p.head_dim) &&
+                       rows_aligned<T>(p.k, p.k_stride, p.head_dim) &&
+                       rows_aligned<T>(p.v, p.v_stride, p.head_dim_v);
+  params.out_aligned = rows_aligned<T>(p.out, p.out_stride, p.head_dim_v);
+  const Grid grid{params.order.items(), 1, 1, kTile.threads(), kTile.shared_bytes()};
+  launch(attn_fwd_kernel<Arch, T, kHeadDim, kScores>, grid, params, device, describe(p));
+}
+
+template <class Arch, class T, int kHeadDim>
+void launch_attn_fwd(const AttnFwdParams& p, const Device& device) {
+  if (is_rich(p)) {
+    launch_attn_fwd<Arch, T, kHeadDim, Scores::kRich>(p, device);
+  } else {
+    launch_attn_fwd<Arch, T, kHeadDim, Scores::kPlain>(p, device);
+  }
+}
+
+// Head dims are built at these sizes; what is missing is filled with zeros.
+template <class Arch, class T>
+void launch_attn_fwd(const AttnFwdParams& p, const Device& device) {
+  const int64_t head_dim = greater(p.head_dim, p.head_dim_v);
+  if (head_dim <= 64) return launch_attn_fwd<Arch, T, 64>(p, device);
+  if (head_dim <= 96) return launch_attn_fwd<Arch, T, 96>(p, device);
+  if (head_dim <= 128) return launch_attn_fwd<Arch, T, 128>(p, device);
+  if (head_dim <= 192) return launch_attn_fwd<Arch, T, 192>(p, device);
+  return launch_attn_fwd<Arch, T, 256>(p, device);
+}
+
+}  // namespace fastattn::cuda
