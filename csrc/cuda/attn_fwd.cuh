@@ -178,6 +178,8 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
   clear(out);
   OnlineSoftmax<kM> softmax;
 
+  constexpr int kQ = kTile.q_in_registers ? kHeadDim / 16 : 1;
+  uint32_t q[kQ][kM][4];
   if (n_block_min < n_block_end) {
     TileCopy<Arch, T, kBlockM, kHeadDim, kThreads> q_copy(gQ, sQ);
     q_copy.start(0, rows);
@@ -185,14 +187,12 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
     q_copy.finish();
     k_copy.finish();
     __syncthreads();
-  }
-  constexpr int kQ = kTile.q_in_registers ? kHeadDim / 16 : 1;
-  uint32_t q[kQ][kM][4];
-  if constexpr (kTile.q_in_registers) {
+    if constexpr (kTile.q_in_registers) {
 #pragma unroll
-    for (int k = 0; k < kQ; k++) {
+      for (int k = 0; k < kQ; k++) {
 #pragma unroll
-      for (int m = 0; m < kM; m++) load_a(q[k][m], sQ, warp_row + 16 * m, k);
+        for (int m = 0; m < kM; m++) load_a(q[k][m], sQ, warp_row + 16 * m, k);
+      }
     }
   }
 

@@ -19,15 +19,23 @@ struct FwdTile {
   FASTATTN_HD constexpr int shared_bytes() const { return 2 * head_dim * (block_m + 2 * block_n); }
 };
 
+// clang-format off
 constexpr FwdTile kFwdTilesSm80[] = {
-    {64, 128, 64, 32, 4, true},   {96, 128, 64, 32, 4, false},  {128, 128, 64, 32, 4, false},
-    {192, 128, 64, 32, 8, false}, {256, 128, 32, 32, 8, false},
+    {64, 128, 64, 32, 4, true},
+    {96, 128, 64, 32, 4, false},
+    {128, 128, 64, 32, 4, false},
+    {192, 128, 64, 64, 8, false},
+    {256, 128, 32, 32, 8, false},
 };
 
 constexpr FwdTile kFwdTilesSm75[] = {
-    {64, 128, 64, 32, 8, true},  {96, 128, 64, 32, 8, false}, {128, 128, 64, 32, 8, false},
-    {192, 64, 16, 16, 4, false}, {256, 64, 16, 16, 4, false},
+    {64, 128, 64, 64, 8, true},
+    {96, 128, 64, 64, 8, false},
+    {128, 128, 64, 64, 8, false},
+    {192, 64, 16, 16, 4, false},
+    {256, 64, 16, 16, 4, false},
 };
+// clang-format on
 
 template <class Arch>
 FASTATTN_HD constexpr FwdTile fwd_tile(int head_dim, Scores scores) {
