@@ -15,31 +15,17 @@
 //   O = O·rescale + P·V       (kBlockM, kHeadDim) fp32 accumulators
 #pragma once
 
-#include "../block_range.h"
 #include "elements.cuh"
 #include "fragments.cuh"
 #include "launch.cuh"
+#include "query_tile.cuh"
+#include "repair.cuh"
 #include "score_mods.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 #include "tiles.cuh"
-#include "work_order.cuh"
 
 namespace fastattn::cuda {
-
-struct AttnFwdLaunch {
-  AttnFwdParams params;
-  WorkOrder order;
-  bool qkv_aligned, out_aligned;  // rows can be moved 16 bytes at a time
-};
-
-// Rows of one head of one sequence.
-template <class T>
-FASTATTN_DEVICE T* head_at(const void* tensor, const Strides& stride, int64_t batch, int64_t row,
-                           int64_t head) {
-  return static_cast<T*>(const_cast<void*>(tensor)) + batch * stride.batch + row * stride.seq +
-         head * stride.head;
-}
 
 // scores = Q (rows row … of sQ, or q) · Kᵀ
 template <class Arch, class T, int kM, int kN, int kHeadDim, int kQ>
@@ -138,52 +124,32 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
   constexpr int kWarpRows = 16 * kM;
 
   const AttnFwdParams& p = launch.params;
-  const WorkOrder::Item work = launch.order.item(blockIdx.x);
-  const Sequence s = sequence_at(p, work.batch);
-  const int first_query = work.m_block * kBlockM;
-  const Range queries = intersect({first_query, first_query + kBlockM}, {0, s.seqlen_q});
-  if (queries.empty()) return;
-  const int rows = static_cast<int>(queries.size());
-  const int seqlen_k = static_cast<int>(s.seqlen_k);
-  const int head_k = work.head / launch.order.group_size;
-
-  const Window window = make_window(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
-  const Range keys = keys_seen_by_any(window, queries);
-  const int n_block_min = static_cast<int>(keys.begin / kBlockN);
-  const int n_block_end =
-      keys.empty() ? n_block_min : static_cast<int>(ceil_div(keys.end, kBlockN));
+  const QueryTile tile(launch, kBlockM, kBlockN);
+  if (tile.rows <= 0) return;
+  const Sequence& s = tile.sequence;
+  const KernelWindow window(tile.window);
 
   FASTATTN_SHARED(shared);
   const SharedTile<kHeadDim> sQ{shared}, sK{shared + 2 * kHeadDim * kBlockM},
       sV{shared + 2 * kHeadDim * (kBlockM + kBlockN)};
-  const int q_row = static_cast<int>(s.q_row) + first_query;
-  const TileSource<T> gQ{head_at<const T>(p.q, p.q_stride, s.batch, q_row, work.head),
+  const TileSource<T> gQ{head_at<const T>(p.q, p.q_stride, s.batch, tile.q_row, tile.head),
                          p.q_stride.seq, static_cast<int>(p.head_dim), launch.qkv_aligned};
-  const TileSource<T> gK{head_at<const T>(p.k, p.k_stride, s.batch, s.k_row, head_k),
+  const TileSource<T> gK{head_at<const T>(p.k, p.k_stride, s.batch, s.k_row, tile.head_k),
                          p.k_stride.seq, static_cast<int>(p.head_dim), launch.qkv_aligned};
-  const TileSource<T> gV{head_at<const T>(p.v, p.v_stride, s.batch, s.k_row, head_k),
+  const TileSource<T> gV{head_at<const T>(p.v, p.v_stride, s.batch, s.k_row, tile.head_k),
                          p.v_stride.seq, static_cast<int>(p.head_dim_v), launch.qkv_aligned};
   TileCopy<Arch, T, kBlockN, kHeadDim, kThreads> k_copy(gK, sK), v_copy(gV, sV);
 
   const int warp_row = threadIdx.x / 32 * kWarpRows;  // in the tile
-  const KernelWindow kernel_window(window);
-  const Range interior =
-      keys_seen_by_all(window, {first_query + warp_row, first_query + warp_row + kWarpRows});
-  const int interior_begin = static_cast<int>(interior.begin);
-  const int interior_end = static_cast<int>(interior.end);
-  const ScoreMods<T> mods(p, s, window, work.head);
-  const float factor = kScores == Scores::kPlain ? p.scale * kLog2E : kLog2E;
-
-  float out[kM][kD][4];
-  clear(out);
-  OnlineSoftmax<kM> softmax;
+  const int first_query = tile.first + warp_row;      // of the warp
+  const ScoreMods<T> mods(p, s, tile.window, tile.head);
 
   constexpr int kQ = kTile.q_in_registers ? kHeadDim / 16 : 1;
   uint32_t q[kQ][kM][4];
-  if (n_block_min < n_block_end) {
+  if (tile.n_block_min < tile.n_block_end) {
     TileCopy<Arch, T, kBlockM, kHeadDim, kThreads> q_copy(gQ, sQ);
-    q_copy.start(0, rows);
-    k_copy.start((n_block_end - 1) * kBlockN, seqlen_k);
+    q_copy.start(0, tile.rows);
+    k_copy.start((tile.n_block_end - 1) * kBlockN, window.seqlen_k);
     q_copy.finish();
     k_copy.finish();
     __syncthreads();
@@ -196,59 +162,41 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
     }
   }
 
-  for (int n_block = n_block_end - 1; n_block >= n_block_min; n_block--) {
+  float out[kM][kD][4];
+  clear(out);
+  OnlineSoftmax<kM> softmax(kScores == Scores::kPlain ? p.scale * kLog2E : kLog2E);
+
+  for (int n_block = tile.n_block_end - 1; n_block >= tile.n_block_min; n_block--) {
     const int first_key = n_block * kBlockN;
-    v_copy.start(first_key, seqlen_k);
+    v_copy.start(first_key, window.seqlen_k);
     float scores[kM][kN][4];
     multiply_qk<Arch, T>(scores, sQ, warp_row, q, sK);
     v_copy.finish();
     __syncthreads();  // V is there, and nobody reads K any more
-    if (n_block > n_block_min) k_copy.start(first_key - kBlockN, seqlen_k);
+    if (n_block > tile.n_block_min) k_copy.start(first_key - kBlockN, window.seqlen_k);
 
-    const Position at = thread_position(first_query + warp_row, first_key);
+    const Position at = thread_position(first_query, first_key);
     if constexpr (kScores == Scores::kRich) mods.apply(scores, at);
-    if (first_key < interior_begin || first_key + kBlockN > interior_end) {
-      hide_outside(scores, kernel_window, at);
+    if (!window.shows({first_query, first_query + kWarpRows}, {first_key, first_key + kBlockN})) {
+      hide_outside(scores, window, at);
     }
-    softmax.update(scores, factor, out);
+    softmax.update(scores, out);
     if constexpr (kScores == Scores::kRich) {
       if (p.seed) mods.drop(scores, at);
     }
     multiply_pv<Arch, T>(out, scores, sV);
-    if (n_block > n_block_min) {
+    if (n_block > tile.n_block_min) {
       k_copy.finish();
       __syncthreads();  // K is there, and nobody reads V any more
     }
   }
 
-  const int lane = threadIdx.x % 32;
-  const float sink = p.sinks ? p.sinks[work.head] : -INFINITY;
-  const float kept = kScores == Scores::kRich && p.seed ? p.dropout_scale : 1.0f;
-  float* lse = p.lse + work.batch * p.lse_stride_batch + work.head * p.lse_stride_head + q_row;
-#pragma unroll
-  for (int m = 0; m < kM; m++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const auto row = softmax.finish(m, half, sink);
-      const int r = warp_row + 16 * m + 8 * half + lane / 4;
-      if (lane % 4 == 0 && r < rows) lse[r] = row.lse;
-#pragma unroll
-      for (int d = 0; d < kD; d++) {
-        out[m][d][2 * half] *= row.factor * kept;
-        out[m][d][2 * half + 1] *= row.factor * kept;
-      }
-    }
-  }
-  T* out_rows = head_at<T>(p.out, p.out_stride, work.batch, q_row, work.head);
-  store_out(out, sQ, warp_row, out_rows, p.out_stride.seq, rows, static_cast<int>(p.head_dim_v),
-            launch.out_aligned);
-}
-
-inline std::string describe(const AttnFwdParams& p) {
-  return "attn_fwd, B " + std::to_string(p.batch) + ", S " + std::to_string(p.seqlen_q) + " × " +
-         std::to_string(p.seqlen_k) + ", H " + std::to_string(p.heads_q) + " / " +
-         std::to_string(p.heads_k) + ", D " + std::to_string(p.head_dim) + " / " +
-         std::to_string(p.head_dim_v);
+  finish_rows(p, tile, warp_row, softmax, out);
+  const uint32_t spoiled = spoiled_rows(p, out);
+  T* out_rows = head_at<T>(p.out, p.out_stride, tile.batch, tile.q_row, tile.head);
+  store_out(out, sQ, warp_row, out_rows, p.out_stride.seq, tile.rows,
+            static_cast<int>(p.head_dim_v), launch.out_aligned);
+  if (spoiled != 0) repair_rows<T, kBlockM>(launch, warp_row, spoiled);
 }
 
 template <class Arch, class T, int kHeadDim, Scores kScores>

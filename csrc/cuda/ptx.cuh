@@ -85,6 +85,13 @@ FASTATTN_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// x, from here on: what is computed from it is computed again rather than kept in registers from
+// before a loop.
+FASTATTN_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- arithmetic
 // -----------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ struct Position {
   int row, column;
 };
 FASTATTN_DEVICE Position thread_position(int warp_row, int block_column) {
-  const int lane = threadIdx.x % 32;
+  const int lane = ptx::anew(threadIdx.x) % 32;
   return {warp_row + lane / 4, block_column + lane % 4 * 2};
 }
 
@@ -47,6 +47,10 @@ FASTATTN_DEVICE void for_each_element(float (&scores)[kM][kN][4], const Body& bo
   }
 }
 
+struct IntRange {  // half-open
+  int begin, end;
+};
+
 // The window in a kernel's terms: query i sees keys [i + first, i + end), as far as there are keys.
 // Lengths are below 2^29, so that nothing overflows.
 struct KernelWindow {
@@ -56,6 +60,12 @@ struct KernelWindow {
       : first(static_cast<int>(w.diagonal - w.left)),
         end(static_cast<int>(w.diagonal + w.right + 1)),
         seqlen_k(static_cast<int>(w.seqlen_k)) {}
+
+  // Whether each of these queries sees each of these keys.
+  FASTATTN_DEVICE bool shows(IntRange queries, IntRange keys) const {
+    return keys.begin >= queries.end - 1 + first && keys.end <= queries.begin + end &&
+           keys.end <= seqlen_k;
+  }
 };
 
 // Scores outside the window, or behind the last key, become −inf.
@@ -129,6 +139,17 @@ class ScoreMods {
         if (!mask[row * p_.mask_stride.row + column * p_.mask_stride.col]) s = -INFINITY;
       });
     }
+  }
+
+  // Whether dropout keeps one weight.
+  FASTATTN_DEVICE bool keeps(Position at) const {
+    if (!p_.seed) return true;
+    uint32_t words[4] = {static_cast<uint32_t>(at.column / 4), static_cast<uint32_t>(at.row),
+                         static_cast<uint32_t>(head_), batch_};
+    philox(words, static_cast<uint64_t>(*p_.seed));
+    const uint32_t low = at.column & 1 ? words[1] : words[0];
+    const uint32_t high = at.column & 1 ? words[3] : words[2];
+    return (at.column & 2 ? high : low) >= p_.dropout_threshold;
   }
 
   // Weights that are dropped become 0; those kept are scaled with the output. The counters of a

@@ -2,8 +2,6 @@
 // fragments.
 //
 // A thread holds rows group and group + 8 of kTiles 16-row tiles, with the 4 threads of its quad.
-// Scores come as they are; `factor` turns them into powers of two, so that each weight costs one
-// multiply-add and one ex2: weight = 2^(score · factor − row_max).
 #pragma once
 
 #include <cfloat>
@@ -25,25 +23,30 @@ FASTATTN_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-template <int kTiles>
-struct OnlineSoftmax {
-  float row_max[kTiles][2];  // in powers of two
-  float row_sum[kTiles][2];  // over this thread's columns, until finish()
+// How a weight is made of a score. kFused: 2^(score · factor − row_max), one multiply-add and one
+// ex2; row_max is in powers of two and rounded, an error of 2^-24 of the score, well below that of
+// a 16-bit product. kExact, for fp32: 2^((score − row_max) · factor).
+enum class Exponent { kFused, kExact };
 
+template <int kTiles, Exponent kExponent = Exponent::kFused>
+class OnlineSoftmax {
+ public:
+  // `factor` turns scores into powers of two.
   // No key seen yet. The maximum stays finite, so that −inf − row_max is −inf and never NaN.
-  FASTATTN_DEVICE OnlineSoftmax() {
+  FASTATTN_DEVICE explicit OnlineSoftmax(float factor)
+      : to_row_max_(kExponent == Exponent::kFused ? factor : 1.0f),
+        to_power_(kExponent == Exponent::kFused ? 1.0f : factor) {
 #pragma unroll
     for (int m = 0; m < kTiles; m++) {
-      row_max[m][0] = row_max[m][1] = -FLT_MAX;
-      row_sum[m][0] = row_sum[m][1] = 0.0f;
+      row_max_[m][0] = row_max_[m][1] = -FLT_MAX;
+      row_sum_[m][0] = row_sum_[m][1] = 0.0f;
     }
   }
 
   // Scores become weights, and what was summed before is scaled to the new maximum. fmaxf passes
   // over NaN, which the sum then carries.
   template <int kN, int kD>
-  FASTATTN_DEVICE void update(float (&scores)[kTiles][kN][4], float factor,
-                              float (&out)[kTiles][kD][4]) {
+  FASTATTN_DEVICE void update(float (&scores)[kTiles][kN][4], float (&out)[kTiles][kD][4]) {
 #pragma unroll
     for (int m = 0; m < kTiles; m++) {
 #pragma unroll
@@ -53,21 +56,21 @@ struct OnlineSoftmax {
         for (int n = 0; n < kN; n++) {
           block_max = fmaxf(block_max, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         }
-        const float before = row_max[m][half];
-        const float now = fmaxf(before, quad_max(block_max) * factor);
-        const float rescale = ptx::ex2(before - now);
-        row_max[m][half] = now;
-        float sum = row_sum[m][half] * rescale;
+        const float before = row_max_[m][half];
+        const float now = fmaxf(before, quad_max(block_max) * to_row_max_);
+        const float rescale = ptx::ex2((before - now) * to_power_);
+        row_max_[m][half] = now;
+        float sum = row_sum_[m][half] * rescale;
 #pragma unroll
         for (int n = 0; n < kN; n++) {
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; e++) {
-            const float weight = ptx::ex2(scores[m][n][e] * factor - now);
+            const float weight = ptx::ex2((scores[m][n][e] * to_row_max_ - now) * to_power_);
             scores[m][n][e] = weight;
             sum += weight;
           }
         }
-        row_sum[m][half] = sum;
+        row_sum_[m][half] = sum;
 #pragma unroll
         for (int d = 0; d < kD; d++) {
           out[m][d][2 * half] *= rescale;
@@ -77,20 +80,27 @@ struct OnlineSoftmax {
     }
   }
 
-  // What a row's output is to be multiplied by, and its lse. A sink is one more logit, without a
-  // value; −inf = none.
+  // What a row's output is to be multiplied by, and its lse. A sink is one more logit, in natural
+  // units and without a value; −inf = none.
   struct Finished {
     float factor, lse;
   };
   FASTATTN_DEVICE Finished finish(int m, int half, float sink) const {
-    const float sum = quad_sum(row_sum[m][half]);
-    const float before = row_max[m][half], logit = sink * kLog2E;
+    constexpr float kUnit = kExponent == Exponent::kFused ? kLn2 : 1.0f;  // of row_max
+    constexpr float kPerNatural = kExponent == Exponent::kFused ? kLog2E : 1.0f;
+    const float sum = quad_sum(row_sum_[m][half]);
+    const float before = row_max_[m][half], logit = sink * kPerNatural;
     const float now = fmaxf(before, logit);
-    const float rescale = ptx::ex2(before - now);
-    const float total = sum * rescale + ptx::ex2(logit - now);
+    const float rescale = ptx::ex2((before - now) * to_power_);
+    const float total = sum * rescale + ptx::ex2((logit - now) * to_power_);
     if (total == 0.0f) return {0.0f, -INFINITY};  // no key was seen
-    return {rescale / total, (now + ptx::lg2(total)) * kLn2};
+    return {rescale / total, now * kUnit + logf(total)};
   }
+
+ private:
+  float row_max_[kTiles][2];
+  float row_sum_[kTiles][2];  // over this thread's columns, until finish()
+  const float to_row_max_, to_power_;
 };
 
 }  // namespace fastattn::cuda

@@ -73,10 +73,11 @@ class TileCopy {
     if constexpr (Arch::kAsyncCopy) {
       ptx::cp_async_wait<0>();
     } else if (source_.aligned) {
+      const Place at = place();
 #pragma unroll
       for (int i = 0; i < kRowSteps; i++) {
 #pragma unroll
-        for (int j = 0; j < kColSteps; j++) *target(i, j) = staged_[i][j];
+        for (int j = 0; j < kColSteps; j++) *target(at, i, j) = staged_[i][j];
       }
     }
   }
@@ -89,25 +90,32 @@ class TileCopy {
   static constexpr int kColSteps = kCols / kChunk / kLanes;
   static_assert(kRowsAtOnce % 8 == 0 && kRows % kRowsAtOnce == 0);
 
-  FASTATTN_DEVICE static int row() { return threadIdx.x / kLanes; }
-  FASTATTN_DEVICE static int chunk() { return threadIdx.x % kLanes; }
-  FASTATTN_DEVICE uint4* target(int i, int j) const {
-    return reinterpret_cast<uint4*>(tile_.chunk(row(), chunk()) +
+  // This thread's place in the first kRowsAtOnce rows.
+  struct Place {
+    int row, chunk;
+  };
+  FASTATTN_DEVICE static Place place() {
+    const int thread = ptx::anew(threadIdx.x);
+    return {thread / kLanes, thread % kLanes};
+  }
+  FASTATTN_DEVICE uint4* target(Place at, int i, int j) const {
+    return reinterpret_cast<uint4*>(tile_.chunk(at.row, at.chunk) +
                                     i * kRowsAtOnce * SharedTile<kCols>::kRowBytes +
                                     j * kLanes * 16);
   }
 
   FASTATTN_DEVICE void start_chunks(int first, int end) {
-    const T* from = source_.rows + (first + row()) * source_.stride + chunk() * kChunk;
+    const Place at = place();
+    const int rows_left = end - first - at.row, cols_left = source_.cols - at.chunk * kChunk;
+    const T* from = source_.rows + (first + at.row) * source_.stride + at.chunk * kChunk;
 #pragma unroll
     for (int i = 0; i < kRowSteps; i++, from += kRowsAtOnce * source_.stride) {
 #pragma unroll
       for (int j = 0; j < kColSteps; j++) {
-        const bool there =
-            first + row() + i * kRowsAtOnce < end && (chunk() + j * kLanes) * kChunk < source_.cols;
+        const bool there = i * kRowsAtOnce < rows_left && j * kLanes * kChunk < cols_left;
         const T* piece = from + j * kLanes * kChunk;
         if constexpr (Arch::kAsyncCopy) {
-          ptx::cp_async_16(target(i, j), piece, there ? 16 : 0);
+          ptx::cp_async_16(target(at, i, j), piece, there ? 16 : 0);
         } else {
           staged_[i][j] = there ? *reinterpret_cast<const uint4*>(piece) : make_uint4(0, 0, 0, 0);
         }
@@ -117,13 +125,14 @@ class TileCopy {
 
   // The slow way, with nothing in flight.
   FASTATTN_DEVICE void copy_elements(int first, int end) {
+    const Place at = place();
 #pragma unroll 1
     for (int i = 0; i < kRowSteps; i++) {
 #pragma unroll 1
       for (int j = 0; j < kColSteps; j++) {
-        const int r = first + row() + i * kRowsAtOnce, c = (chunk() + j * kLanes) * kChunk;
-        *target(i, j) =
-            gather_chunk(source_.rows + r * source_.stride + c, r < end ? source_.cols - c : 0);
+        const int row = first + at.row + i * kRowsAtOnce, col = (at.chunk + j * kLanes) * kChunk;
+        *target(at, i, j) = gather_chunk(source_.rows + row * source_.stride + col,
+                                         row < end ? source_.cols - col : 0);
       }
     }
   }

@@ -47,6 +47,8 @@ EMULATED void cp_async_wait(Site site = Site::here()) {
   emulator::cp_async_wait(N, site);
 }
 
+EMULATED int anew(int x) { return x; }
+
 // --- arithmetic ----------------------------------------------------------------------------------
 
 // Results below 2^-126 are flushed to zero, as .ftz has it.
