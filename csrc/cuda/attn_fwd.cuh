@@ -18,6 +18,7 @@
 #include "elements.cuh"
 #include "fragments.cuh"
 #include "launch.cuh"
+#include "products.cuh"
 #include "query_tile.cuh"
 #include "repair.cuh"
 #include "score_mods.cuh"
@@ -26,59 +27,6 @@
 #include "tiles.cuh"
 
 namespace fastattn::cuda {
-
-// scores = Q (rows row … of sQ, or q) · Kᵀ
-template <class Arch, class T, int kM, int kN, int kHeadDim, int kQ>
-FASTATTN_DEVICE void multiply_qk(float (&scores)[kM][kN][4], const SharedTile<kHeadDim>& sQ,
-                                 int row, const uint32_t (&q)[kQ][kM][4],
-                                 const SharedTile<kHeadDim>& sK) {
-  clear(scores);
-#pragma unroll
-  for (int k = 0; k < kHeadDim / 16; k++) {
-    uint32_t a[kM][4];
-#pragma unroll
-    for (int m = 0; m < kM; m++) {
-      if constexpr (kQ > 1) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) a[m][e] = q[k][m][e];
-      } else {
-        load_a(a[m], sQ, row + 16 * m, k);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t b[4];
-      load_b(b, sK, 8 * n, k);
-#pragma unroll
-      for (int m = 0; m < kM; m++) {
-        mma(Arch{}, T{}, scores[m][n], a[m], b[0], b[1]);
-        mma(Arch{}, T{}, scores[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// out += weights · V
-template <class Arch, class T, int kM, int kN, int kD, int kHeadDim>
-FASTATTN_DEVICE void multiply_pv(float (&out)[kM][kD][4], const float (&weights)[kM][kN][4],
-                                 const SharedTile<kHeadDim>& sV) {
-#pragma unroll
-  for (int k = 0; k < kN / 2; k++) {
-    uint32_t a[kM][4];
-#pragma unroll
-    for (int m = 0; m < kM; m++) pack_a(a[m], weights[m], k, T{});
-#pragma unroll
-    for (int d = 0; d < kD; d += 2) {
-      uint32_t b[4];
-      load_b_trans(b, sV, k, 8 * d);
-#pragma unroll
-      for (int m = 0; m < kM; m++) {
-        mma(Arch{}, T{}, out[m][d], a[m], b[0], b[1]);
-        mma(Arch{}, T{}, out[m][d + 1], a[m], b[2], b[3]);
-      }
-    }
-  }
-}
 
 // Rows [row, row + 16·kM) of the tile of queries, through shared memory: as 16-byte pieces, or
 // element by element where rows are not aligned. Both halves are this warp's own rows.
@@ -124,7 +72,7 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
   constexpr int kWarpRows = 16 * kM;
 
   const AttnFwdParams& p = launch.params;
-  const QueryTile tile(launch, kBlockM, kBlockN);
+  const QueryTile tile(p, launch.order, kBlockM, kBlockN);
   if (tile.rows <= 0) return;
   const Sequence& s = tile.sequence;
   const KernelWindow window(tile.window);
@@ -170,7 +118,7 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
     const int first_key = n_block * kBlockN;
     v_copy.start(first_key, window.seqlen_k);
     float scores[kM][kN][4];
-    multiply_qk<Arch, T>(scores, sQ, warp_row, q, sK);
+    multiply_rows<Arch, T>(scores, sQ, warp_row, q, sK);
     v_copy.finish();
     __syncthreads();  // V is there, and nobody reads K any more
     if (n_block > tile.n_block_min) k_copy.start(first_key - kBlockN, window.seqlen_k);
@@ -184,7 +132,7 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
     if constexpr (kScores == Scores::kRich) {
       if (p.seed) mods.drop(scores, at);
     }
-    multiply_pv<Arch, T>(out, scores, sV);
+    multiply_add<Arch, T>(out, scores, sV);
     if (n_block > tile.n_block_min) {
       k_copy.finish();
       __syncthreads();  // K is there, and nobody reads V any more

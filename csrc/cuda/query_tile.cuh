@@ -35,14 +35,14 @@ struct QueryTile {
   Sequence sequence;
   Window window;
 
-  FASTATTN_DEVICE QueryTile(const AttnFwdLaunch& launch, int block_m, int block_n) {
-    const WorkOrder::Item work = launch.order.item(blockIdx.x);
-    const AttnFwdParams& p = launch.params;
+  FASTATTN_DEVICE QueryTile(const AttnFwdParams& p, const WorkOrder& order, int block_m,
+                            int block_n) {
+    const WorkOrder::Item work = order.item(blockIdx.x);
     sequence = sequence_at(p, work.batch);
     window = make_window(sequence.seqlen_q, sequence.seqlen_k, p.window_left, p.window_right);
     batch = work.batch;
     head = work.head;
-    head_k = work.head / launch.order.group_size;
+    head_k = work.head / order.group_size;
     first = work.m_block * block_m;
     const Range queries = intersect({first, first + block_m}, {0, sequence.seqlen_q});
     const Range keys = keys_seen_by_any(window, queries);

@@ -96,7 +96,7 @@ FASTATTN_DEVICE void attend_visible(const AttnFwdParams& p, const QueryTile& til
 // so that the loop over keys keeps nothing in registers for it.
 template <class T, int kBlockM>
 __device__ __noinline__ void repair_rows(const AttnFwdLaunch& launch, int warp_row, uint32_t rows) {
-  const QueryTile tile(launch, kBlockM, 1);
+  const QueryTile tile(launch.params, launch.order, kBlockM, 1);
   __syncwarp();  // lse and the outputs that are to be written over came from other lanes
 #pragma unroll 1
   for (; rows != 0; rows &= rows - 1) {

@@ -2,7 +2,9 @@
 // and dropout.
 //
 // A fragment's element [m][n][2·half + e] is the score of query row + 16·m + 8·half with key
-// column + 8·n + e, where row and column are this thread's first.
+// column + 8·n + e, where row and column are this thread's first; or the same transposed, of key
+// row
+// + … with query column + ….
 #pragma once
 
 #include "../block_range.h"
@@ -22,7 +24,10 @@ inline bool is_rich(const AttnFwdParams& p) {
   return !(p.scale > 0) || p.softcap > 0 || p.mask || p.bias || p.alibi_slopes || p.seed;
 }
 
-// Queries and keys a thread's fragments stand for.
+// What the rows of a fragment are; its columns are the other.
+enum class Rows { kQueries, kKeys };
+
+// A thread's first row and column.
 struct Position {
   int row, column;
 };
@@ -61,6 +66,15 @@ struct KernelWindow {
         end(static_cast<int>(w.diagonal + w.right + 1)),
         seqlen_k(static_cast<int>(w.seqlen_k)) {}
 
+  // The queries that see key j: [j + first, j + end), as far as there are queries.
+  FASTATTN_DEVICE KernelWindow transposed(int seqlen_q) const {
+    KernelWindow w = *this;
+    w.first = 1 - end;
+    w.end = 1 - first;
+    w.seqlen_k = seqlen_q;
+    return w;
+  }
+
   // Whether each of these queries sees each of these keys.
   FASTATTN_DEVICE bool shows(IntRange queries, IntRange keys) const {
     return keys.begin >= queries.end - 1 + first && keys.end <= queries.begin + end &&
@@ -97,7 +111,7 @@ FASTATTN_DEVICE float fast_tanh(float x) {
 }
 
 // The contract's options for one head of one sequence.
-template <class T>
+template <class T, Rows kRows = Rows::kQueries>
 class ScoreMods {
  public:
   FASTATTN_DEVICE ScoreMods(const AttnFwdParams& p, const Sequence& s, const Window& window,
@@ -105,13 +119,20 @@ class ScoreMods {
       : p_(p),
         batch_(static_cast<uint32_t>(s.batch)),
         head_(head),
-        seqlen_q_(static_cast<int>(s.seqlen_q)),
-        seqlen_k_(static_cast<int>(s.seqlen_k)),
+        rows_(static_cast<int>(kRows == Rows::kQueries ? s.seqlen_q : s.seqlen_k)),
+        columns_(static_cast<int>(kRows == Rows::kQueries ? s.seqlen_k : s.seqlen_q)),
         diagonal_(static_cast<int>(window.diagonal)) {}
 
-  // Raw products become scores in natural units. Queries and keys that are not there read nothing.
+  // Raw products become scores in natural units.
   template <int kM, int kN>
   FASTATTN_DEVICE void apply(float (&scores)[kM][kN][4], Position at) const {
+    cap(scores);
+    add(scores, at);
+  }
+
+  // Scale and softcap.
+  template <int kM, int kN>
+  FASTATTN_DEVICE void cap(float (&scores)[kM][kN][4]) const {
     if (p_.softcap > 0) {
       const float factor = p_.scale / p_.softcap;
       for_each_element(
@@ -119,6 +140,11 @@ class ScoreMods {
     } else {
       for_each_element(scores, [&](float& s, int, int, int, int) { s *= p_.scale; });
     }
+  }
+
+  // Bias, ALiBi and mask. Queries and keys that are not there read nothing.
+  template <int kM, int kN>
+  FASTATTN_DEVICE void add(float (&scores)[kM][kN][4], Position at) const {
     if (p_.bias) {
       if (p_.bias_dtype == DType::kF32) {
         add_bias(static_cast<const float*>(p_.bias), scores, at);
@@ -129,14 +155,16 @@ class ScoreMods {
     if (p_.alibi_slopes) {
       const float slope = p_.alibi_slopes[batch_ * p_.alibi_stride_batch + head_];
       for_each_element(scores, [&](float& s, int m, int n, int half, int e) {
-        const int distance = at.row + 16 * m + 8 * half + diagonal_ - (at.column + 8 * n + e);
+        const int row = at.row + 16 * m + 8 * half, column = at.column + 8 * n + e;
+        const int distance = (kRows == Rows::kQueries ? row - column : column - row) + diagonal_;
         s -= slope * static_cast<float>(distance < 0 ? -distance : distance);
       });
     }
     if (p_.mask) {
-      const uint8_t* mask = p_.mask + offset(p_.mask_stride, at);
+      const ScoreStrides stride = oriented(p_.mask_stride);
+      const uint8_t* mask = p_.mask + offset(stride, at);
       for_each_there(scores, at, [&](float& s, int row, int column) {
-        if (!mask[row * p_.mask_stride.row + column * p_.mask_stride.col]) s = -INFINITY;
+        if (!mask[row * stride.row + column * stride.col]) s = -INFINITY;
       });
     }
   }
@@ -144,6 +172,7 @@ class ScoreMods {
   // Whether dropout keeps one weight.
   FASTATTN_DEVICE bool keeps(Position at) const {
     if (!p_.seed) return true;
+    if (kRows == Rows::kKeys) at = {at.column, at.row};
     uint32_t words[4] = {static_cast<uint32_t>(at.column / 4), static_cast<uint32_t>(at.row),
                          static_cast<uint32_t>(head_), batch_};
     philox(words, static_cast<uint64_t>(*p_.seed));
@@ -178,22 +207,28 @@ class ScoreMods {
     }
   }
 
- private:
+  // Calls body(element, row, column) for those that are there, counted from `at`.
   template <int kM, int kN, class Body>
   FASTATTN_DEVICE void for_each_there(float (&scores)[kM][kN][4], Position at,
                                       const Body& body) const {
     for_each_element(scores, [&](float& s, int m, int n, int half, int e) {
       const int row = 16 * m + 8 * half, column = 8 * n + e;
-      if (at.row + row < seqlen_q_ && at.column + column < seqlen_k_) body(s, row, column);
+      if (at.row + row < rows_ && at.column + column < columns_) body(s, row, column);
     });
   }
 
+ private:
   template <class Bias, int kM, int kN>
   FASTATTN_DEVICE void add_bias(const Bias* bias, float (&scores)[kM][kN][4], Position at) const {
-    bias += offset(p_.bias_stride, at);
+    const ScoreStrides stride = oriented(p_.bias_stride);
+    bias += offset(stride, at);
     for_each_there(scores, at, [&](float& s, int row, int column) {
-      s += to_float(bias[row * p_.bias_stride.row + column * p_.bias_stride.col]);
+      s += to_float(bias[row * stride.row + column * stride.col]);
     });
+  }
+
+  FASTATTN_DEVICE static ScoreStrides oriented(const ScoreStrides& s) {
+    return kRows == Rows::kQueries ? s : ScoreStrides{s.batch, s.head, s.col, s.row};
   }
 
   FASTATTN_DEVICE int64_t offset(const ScoreStrides& stride, Position at) const {
@@ -203,7 +238,7 @@ class ScoreMods {
 
   const AttnFwdParams& p_;
   const uint32_t batch_;
-  const int head_, seqlen_q_, seqlen_k_, diagonal_;
+  const int head_, rows_, columns_, diagonal_;
 };
 
 }  // namespace fastattn::cuda

@@ -40,4 +40,15 @@ inline WorkOrder make_work_order(const AttnFwdParams& p, int block_m, int elemen
           static_cast<int>(group_size)};
 }
 
+// The same for blocks of keys and KV heads: the first keys are seen by most queries, but going
+// first matters less there, as every block has all heads of its group to do.
+inline WorkOrder make_key_order(const AttnFwdParams& p, int block_m, int element_bytes) {
+  const int64_t bytes = p.seqlen_q * (p.head_dim + p.head_dim_v) * element_bytes;  // a query head
+  const int64_t heads = p.batch * p.heads_k, group_size = p.heads_q / p.heads_k;
+  const int64_t section = greater(1, kSectionBytes / greater(1, bytes * group_size));
+  return {static_cast<int>(ceil_div(p.seqlen_k, block_m)), static_cast<int>(p.heads_k),
+          static_cast<int>(heads), static_cast<int>(lesser(section, greater(1, heads))),
+          static_cast<int>(group_size)};
+}
+
 }  // namespace fastattn::cuda
