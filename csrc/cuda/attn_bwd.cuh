@@ -36,7 +36,6 @@ struct AttnBwdLaunch {
 template <class Arch, class Element>
 struct TensorCores {
   using T = Element;
-  using MmaArch = Arch;
   template <int kCols>
   using Tile = SharedTile<kCols>;
 
@@ -51,10 +50,9 @@ struct TensorCores {
   template <int kRows, int kThreads, int kCols>
   FASTATTN_DEVICE static void copy(const Tile<kCols>& tile, const TileSource<T>& source, int first,
                                    int end) {
-    TileCopy<Arch, T, kRows, kCols, kThreads> copy(source, tile);
-    copy.start(first, end);
-    copy.finish();
+    copy_tile<Arch, T, kRows, kCols, kThreads>(source, tile, first, end);
   }
+  FASTATTN_DEVICE static void finish_copies() { cuda::finish_copies<Arch>(); }
   template <int kN, int kCols>
   FASTATTN_DEVICE static void rows(float (&scores)[1][kN][4], const Tile<kCols>& a, int row,
                                    const Tile<kCols>& b) {
@@ -86,6 +84,7 @@ struct MultiplyAdd {
                                    int first, int end) {
     copy_rows<kRows, kCols, kThreads>(tile, source.rows, source.stride, first, end, source.cols);
   }
+  FASTATTN_DEVICE static void finish_copies() {}
   template <int kN, int kCols>
   FASTATTN_DEVICE static void rows(float (&scores)[1][kN][4], const Tile<kCols>& a, int row,
                                    const Tile<kCols>& b) {
@@ -106,7 +105,10 @@ struct BwdTile {
                                        : (kHeadDim <= 64    ? 64
                                           : kHeadDim <= 128 ? 32
                                                             : 16);
-  static constexpr int kBlockN = kHalf ? 32 : (kHeadDim <= 64 ? 32 : kHeadDim <= 128 ? 16 : 8);
+  static constexpr int kBlockN = kHalf ? (kHeadDim <= 128 ? 32 : 16)
+                                       : (kHeadDim <= 64    ? 32
+                                          : kHeadDim <= 128 ? 16
+                                                            : 8);
   static constexpr int kThreads = 2 * kBlockM;  // a warp for 16 rows
   static constexpr int kRowBytes = Math::template row_bytes<kHeadDim>();
   static constexpr int kSharedBytes = 2 * (kBlockM + kBlockN) * kRowBytes;
@@ -289,6 +291,7 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads)
     __syncthreads();  // nobody reads the K and V before
     Math::template copy<kBlockN, kThreads>(sK, gK, first_key, window.seqlen_k);
     Math::template copy<kBlockN, kThreads>(sV, gV, first_key, window.seqlen_k);
+    Math::finish_copies();
     __syncthreads();
     float weights[1][kN][4], dweights[1][kN][4];
     Math::rows(weights, sQ, warp_row, sK);
@@ -358,6 +361,7 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads)
       __syncthreads();  // nobody reads the Q and dO before
       Math::template copy<kBlockN, kThreads>(sQ, gQ, query, seqlen_q);
       Math::template copy<kBlockN, kThreads>(sDO, gDO, query, seqlen_q);
+      Math::finish_copies();
       __syncthreads();
       float weights[1][kN][4], dweights[1][kN][4];
       Math::rows(weights, sK, warp_row, sQ);

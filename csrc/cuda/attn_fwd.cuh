@@ -95,11 +95,9 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
   constexpr int kQ = kTile.q_in_registers ? kHeadDim / 16 : 1;
   uint32_t q[kQ][kM][4];
   if (tile.n_block_min < tile.n_block_end) {
-    TileCopy<Arch, T, kBlockM, kHeadDim, kThreads> q_copy(gQ, sQ);
-    q_copy.start(0, tile.rows);
+    copy_tile<Arch, T, kBlockM, kHeadDim, kThreads>(gQ, sQ, 0, tile.rows);
     k_copy.start((tile.n_block_end - 1) * kBlockN, window.seqlen_k);
-    q_copy.finish();
-    k_copy.finish();
+    k_copy.finish();  // and Q
     __syncthreads();
     if constexpr (kTile.q_in_registers) {
 #pragma unroll

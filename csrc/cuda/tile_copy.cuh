@@ -142,4 +142,28 @@ class TileCopy {
   uint4 staged_[Arch::kAsyncCopy ? 1 : kRowSteps][Arch::kAsyncCopy ? 1 : kColSteps];
 };
 
+// Rows [first, first + kRows) of the source with nothing to compute meanwhile: sm_80 sets them
+// going, sm_75 copies a few at a time, so that they take few registers. finish_copies() makes this
+// thread's part land.
+template <class Arch, class T, int kRows, int kCols, int kThreads>
+FASTATTN_DEVICE void copy_tile(const TileSource<T>& source, const SharedTile<kCols>& tile,
+                               int first, int end) {
+  if constexpr (Arch::kAsyncCopy) {
+    TileCopy<Arch, T, kRows, kCols, kThreads>(source, tile).start(first, end);
+  } else {
+    constexpr int kSlice = kThreads / SharedTile<kCols>::kGroup;
+#pragma unroll 1
+    for (int row = 0; row < kRows; row += kSlice) {
+      const SharedTile<kCols> slice{tile.bytes + row * SharedTile<kCols>::kRowBytes};
+      TileCopy<Arch, T, kSlice, kCols, kThreads> copy(source, slice);
+      copy.start(first + row, end);
+      copy.finish();
+    }
+  }
+}
+template <class Arch>
+FASTATTN_DEVICE void finish_copies() {
+  if constexpr (Arch::kAsyncCopy) ptx::cp_async_wait<0>();
+}
+
 }  // namespace fastattn::cuda
