@@ -302,6 +302,7 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads)
                     [&](int, int half, int) { return stats[half]; });
     Math::add(dq, dweights, sK);
   }
+  Math::finish_copies();  // where no key was seen
   store_gradient(dq, head_at<T>(b.dq, b.dq_stride, s.batch, tile.q_row, tile.head), b.dq_stride.seq,
                  warp_row, tile.rows, head_dim, p.scale);
 }
@@ -376,6 +377,7 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads)
       if constexpr (kPart != Part::kDV) Math::add(dk, dweights, sQ);
     }
   }
+  Math::finish_copies();  // where no query saw them
   if constexpr (kPart != Part::kDV) {
     store_gradient(dk, head_at<T>(b.dk, b.dk_stride, s.batch, k_row, work.head), b.dk_stride.seq,
                    warp_row, keys, head_dim, p.scale);
