@@ -40,21 +40,20 @@ uint32_t ballot(uint32_t mask, bool predicate, Site site);
 // `count` (1, 2, 4) 8×8 matrices of 16-bit elements from shared memory.
 void ldmatrix(uint32_t* r, const void* row, int count, bool transposed, Site site);
 
-enum class Format { kBF16, kFP16, kTF32 };
-// d (16, 8) += a (16, k) · b (k, 8); a lane's share of a is k / 4 registers of 16-bit elements or
-// k / 2 of tf32, of b half as many.
+enum class Format { kBF16, kFP16 };
+// d (16, 8) += a (16, k) · b (k, 8); a lane has k / 4 registers of a and half as many of b.
 void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, Site site);
 
 // --- asynchronous copies -------------------------------------------------------------------------
 
-// `size` (4, 8, 16) bytes to shared memory: `bytes` of them from global memory, zeros behind.
-void cp_async(void* shared, const void* global, int size, int bytes, Site site);
+// 16 bytes to shared memory: `bytes` of them from global memory, zeros behind.
+void cp_async(void* shared, const void* global, int bytes, Site site);
 void cp_async_commit();
 void cp_async_wait(int groups_left, Site site);
 
 // --- global memory -------------------------------------------------------------------------------
 
-void thread_fence();
+void thread_fence(Site site);
 float atomic_add(float* p, float x, Site site);
 int32_t atomic_add(int32_t* p, int32_t x, Site site);
 uint32_t atomic_add(uint32_t* p, uint32_t x, Site site);
@@ -84,4 +83,7 @@ const char* emulator_set_options(const char* text);
 // A kernel may touch global memory only inside buffers named here beforehand.
 void emulator_add_buffer(const void* address, int64_t bytes, const char* name, int writable);
 void emulator_clear_buffers();
+// The places of barriers, waits and fences that launches with the option `without` passed since the
+// last call, one in a line.
+const char* emulator_passed_places();
 }
