@@ -16,7 +16,6 @@
 #include <utility>
 #include <vector>
 
-#include "block_range.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -25,3 +24,4 @@
 #include "kernels.h"
 #include "kv_cache.h"
 #include "scratch.h"
+#include "segments.h"

@@ -99,6 +99,13 @@ FASTATTN_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// x, from here on: what is computed from it is computed again rather than kept in registers from
+// before a loop.
+FASTATTN_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- arithmetic
 // -----------------------------------------------------------------------------------
 
@@ -112,6 +119,12 @@ FASTATTN_DEVICE float ex2(float x) {
 FASTATTN_DEVICE float lg2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 1/x within 1 ulp, denormals flushed.
+FASTATTN_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

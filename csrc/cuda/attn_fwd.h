@@ -1,0 +1,12 @@
+// Attention's forward by architecture: what attn_fwd.cu chooses from.
+#pragma once
+
+#include "kernels.h"
+
+namespace fastattn::cuda {
+
+void attn_fwd_sm75(const AttnFwdParams& p, const Device& device);  // fp16
+void attn_fwd_fp32(const AttnFwdParams& p, const Device& device);
+void attn_fwd_sm80(const AttnFwdParams& p, const Device& device);  // fp16, bf16
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,244 @@
+// Between Q·Kᵀ and the softmax, on accumulator fragments: window edges, softcap, bias, ALiBi, mask
+// and dropout.
+//
+// A fragment's element [m][n][2·half + e] is the score of query row + 16·m + 8·half with key
+// column + 8·n + e, where row and column are this thread's first; or the same transposed, of key
+// row
+// + … with query column + ….
+#pragma once
+
+#include "../block_range.h"
+#include "elements.cuh"
+#include "philox.cuh"
+#include "ptx.cuh"
+#include "softmax.cuh"
+#include "tiles.cuh"
+
+namespace fastattn::cuda {
+
+FASTATTN_DEVICE float to_float(float x) { return x; }
+FASTATTN_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+FASTATTN_DEVICE float to_float(fp16 x) { return ptx::to_float(x); }
+
+inline bool is_rich(const AttnFwdParams& p) {
+  return !(p.scale > 0) || p.softcap > 0 || p.mask || p.bias || p.alibi_slopes || p.seed;
+}
+
+// What the rows of a fragment are; its columns are the other.
+enum class Rows { kQueries, kKeys };
+
+// A thread's first row and column.
+struct Position {
+  int row, column;
+};
+FASTATTN_DEVICE Position thread_position(int warp_row, int block_column) {
+  const int lane = ptx::anew(threadIdx.x) % 32;
+  return {warp_row + lane / 4, block_column + lane % 4 * 2};
+}
+
+// Calls body(element, m, n, half, e) for every element of a fragment.
+template <int kM, int kN, class Body>
+FASTATTN_DEVICE void for_each_element(float (&scores)[kM][kN][4], const Body& body) {
+#pragma unroll
+  for (int m = 0; m < kM; m++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int n = 0; n < kN; n++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) body(scores[m][n][2 * half + e], m, n, half, e);
+      }
+    }
+  }
+}
+
+struct IntRange {  // half-open
+  int begin, end;
+};
+
+// The window in a kernel's terms: query i sees keys [i + first, i + end), as far as there are keys.
+// Lengths are below 2^29, so that nothing overflows.
+struct KernelWindow {
+  int first, end, seqlen_k;
+
+  FASTATTN_DEVICE explicit KernelWindow(const Window& w)
+      : first(static_cast<int>(w.diagonal - w.left)),
+        end(static_cast<int>(w.diagonal + w.right + 1)),
+        seqlen_k(static_cast<int>(w.seqlen_k)) {}
+
+  // The queries that see key j: [j + first, j + end), as far as there are queries.
+  FASTATTN_DEVICE KernelWindow transposed(int seqlen_q) const {
+    KernelWindow w = *this;
+    w.first = 1 - end;
+    w.end = 1 - first;
+    w.seqlen_k = seqlen_q;
+    return w;
+  }
+
+  // Whether each of these queries sees each of these keys.
+  FASTATTN_DEVICE bool shows(IntRange queries, IntRange keys) const {
+    return keys.begin >= queries.end - 1 + first && keys.end <= queries.begin + end &&
+           keys.end <= seqlen_k;
+  }
+};
+
+// Scores outside the window, or behind the last key, become −inf.
+template <int kM, int kN>
+FASTATTN_DEVICE void hide_outside(float (&scores)[kM][kN][4], const KernelWindow& window,
+                                  Position at) {
+  const int diagonal = at.row - at.column, tail = window.seqlen_k - at.column;
+#pragma unroll
+  for (int m = 0; m < kM; m++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int begin = diagonal + 16 * m + 8 * half + window.first;
+      const int end = min(diagonal + 16 * m + 8 * half + window.end, tail);
+#pragma unroll
+      for (int n = 0; n < kN; n++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int key = 8 * n + e;
+          if (key < begin || key >= end) scores[m][n][2 * half + e] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// tanh with an absolute error of 3e-7, never beyond ±1; NaN stays NaN.
+FASTATTN_DEVICE float fast_tanh(float x) {
+  return 1.0f - 2.0f * ptx::rcp(1.0f + ptx::ex2(2.0f * kLog2E * x));
+}
+
+// The contract's options for one head of one sequence.
+template <class T, Rows kRows = Rows::kQueries>
+class ScoreMods {
+ public:
+  FASTATTN_DEVICE ScoreMods(const AttnFwdParams& p, const Sequence& s, const Window& window,
+                            int head)
+      : p_(p),
+        batch_(static_cast<uint32_t>(s.batch)),
+        head_(head),
+        rows_(static_cast<int>(kRows == Rows::kQueries ? s.seqlen_q : s.seqlen_k)),
+        columns_(static_cast<int>(kRows == Rows::kQueries ? s.seqlen_k : s.seqlen_q)),
+        diagonal_(static_cast<int>(window.diagonal)) {}
+
+  // Raw products become scores in natural units.
+  template <int kM, int kN>
+  FASTATTN_DEVICE void apply(float (&scores)[kM][kN][4], Position at) const {
+    cap(scores);
+    add(scores, at);
+  }
+
+  // Scale and softcap.
+  template <int kM, int kN>
+  FASTATTN_DEVICE void cap(float (&scores)[kM][kN][4]) const {
+    if (p_.softcap > 0) {
+      const float factor = p_.scale / p_.softcap;
+      for_each_element(
+          scores, [&](float& s, int, int, int, int) { s = p_.softcap * fast_tanh(s * factor); });
+    } else {
+      for_each_element(scores, [&](float& s, int, int, int, int) { s *= p_.scale; });
+    }
+  }
+
+  // Bias, ALiBi and mask. Queries and keys that are not there read nothing.
+  template <int kM, int kN>
+  FASTATTN_DEVICE void add(float (&scores)[kM][kN][4], Position at) const {
+    if (p_.bias) {
+      if (p_.bias_dtype == DType::kF32) {
+        add_bias(static_cast<const float*>(p_.bias), scores, at);
+      } else {
+        add_bias(static_cast<const T*>(p_.bias), scores, at);
+      }
+    }
+    if (p_.alibi_slopes) {
+      const float slope = p_.alibi_slopes[batch_ * p_.alibi_stride_batch + head_];
+      for_each_element(scores, [&](float& s, int m, int n, int half, int e) {
+        const int row = at.row + 16 * m + 8 * half, column = at.column + 8 * n + e;
+        const int distance = (kRows == Rows::kQueries ? row - column : column - row) + diagonal_;
+        s -= slope * static_cast<float>(distance < 0 ? -distance : distance);
+      });
+    }
+    if (p_.mask) {
+      const ScoreStrides stride = oriented(p_.mask_stride);
+      const uint8_t* mask = p_.mask + offset(stride, at);
+      for_each_there(scores, at, [&](float& s, int row, int column) {
+        if (!mask[row * stride.row + column * stride.col]) s = -INFINITY;
+      });
+    }
+  }
+
+  // Whether dropout keeps one weight.
+  FASTATTN_DEVICE bool keeps(Position at) const {
+    if (!p_.seed) return true;
+    if (kRows == Rows::kKeys) at = {at.column, at.row};
+    uint32_t words[4] = {static_cast<uint32_t>(at.column / 4), static_cast<uint32_t>(at.row),
+                         static_cast<uint32_t>(head_), batch_};
+    philox(words, static_cast<uint64_t>(*p_.seed));
+    const uint32_t low = at.column & 1 ? words[1] : words[0];
+    const uint32_t high = at.column & 1 ? words[3] : words[2];
+    return (at.column & 2 ? high : low) >= p_.dropout_threshold;
+  }
+
+  // Weights that are dropped become 0; those kept are scaled with the output. The counters of a
+  // quad's 8 columns are two, and a lane's two columns are half of one: lanes 2i and 2i + 1 make
+  // the words of one row each, and exchange the halves.
+  template <int kM, int kN>
+  FASTATTN_DEVICE void drop(float (&weights)[kM][kN][4], Position at) const {
+    const uint64_t key = static_cast<uint64_t>(*p_.seed);
+    const bool odd = threadIdx.x & 1;
+#pragma unroll
+    for (int m = 0; m < kM; m++) {
+#pragma unroll
+      for (int n = 0; n < kN; n++) {
+        const int row = at.row + 16 * m + (odd ? 8 : 0);
+        uint32_t words[4] = {static_cast<uint32_t>((at.column + 8 * n) / 4),
+                             static_cast<uint32_t>(row), static_cast<uint32_t>(head_), batch_};
+        philox(words, key);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const uint32_t mine = odd ? words[2 + e] : words[e];
+          const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? words[e] : words[2 + e], 1);
+          if ((odd ? other : mine) < p_.dropout_threshold) weights[m][n][e] = 0.0f;
+          if ((odd ? mine : other) < p_.dropout_threshold) weights[m][n][2 + e] = 0.0f;
+        }
+      }
+    }
+  }
+
+  // Calls body(element, row, column) for those that are there, counted from `at`.
+  template <int kM, int kN, class Body>
+  FASTATTN_DEVICE void for_each_there(float (&scores)[kM][kN][4], Position at,
+                                      const Body& body) const {
+    for_each_element(scores, [&](float& s, int m, int n, int half, int e) {
+      const int row = 16 * m + 8 * half, column = 8 * n + e;
+      if (at.row + row < rows_ && at.column + column < columns_) body(s, row, column);
+    });
+  }
+
+ private:
+  template <class Bias, int kM, int kN>
+  FASTATTN_DEVICE void add_bias(const Bias* bias, float (&scores)[kM][kN][4], Position at) const {
+    const ScoreStrides stride = oriented(p_.bias_stride);
+    bias += offset(stride, at);
+    for_each_there(scores, at, [&](float& s, int row, int column) {
+      s += to_float(bias[row * stride.row + column * stride.col]);
+    });
+  }
+
+  FASTATTN_DEVICE static ScoreStrides oriented(const ScoreStrides& s) {
+    return kRows == Rows::kQueries ? s : ScoreStrides{s.batch, s.head, s.col, s.row};
+  }
+
+  FASTATTN_DEVICE int64_t offset(const ScoreStrides& stride, Position at) const {
+    return batch_ * stride.batch + head_ * stride.head + at.row * stride.row +
+           at.column * stride.col;
+  }
+
+  const AttnFwdParams& p_;
+  const uint32_t batch_;
+  const int head_, rows_, columns_, diagonal_;
+};
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,74 @@
+"""Attention's forward on the emulator, under every order of events the emulator can make.
+
+test_cuda.py holds it to the contract; here copies land early, late or in between, warps and blocks
+take turns in several orders, and what is hidden holds NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import emulated
+import public
+import pytest
+import torch
+from emulator.runtime import Library
+
+from fastattn import reference
+from fastattn.testing import (
+    CASES,
+    Case,
+    assert_results_close,
+    eager_attention,
+    make_problem,
+    to_float64,
+)
+
+MODES = ("eager", "random,seed=1", "random,seed=2", "random,seed=3")
+NAMES = ("out", "lse")
+
+
+@pytest.fixture
+def emulator(emulated_arch: int) -> Iterator[Library]:
+    library = Library(emulated.build())
+    yield library
+    library.set_options()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_whatever_the_order_of_events(emulator: Library, case: Case, poisoned: None) -> None:
+    """The result is the same bit for bit, and no order shows a race."""
+    p = make_problem(case, torch.float16)
+    if p.dropout_p > 0:
+        p = p._replace(seed=public.drawn_seed())
+    first = None
+    for mode in MODES:
+        emulator.set_options(mode)
+        result = public.attention(p, "cuda")
+        first = first or result
+        for ours, before in zip(result, first, strict=True):
+            assert torch.equal(ours, before), mode
+    assert first is not None
+    results = [first, reference.attention(to_float64(p)), eager_attention(p)]
+    assert_results_close(*(dict(zip(NAMES, result, strict=True)) for result in results))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("hides", [{"window": (-1, 0)}, {"window": (20, 0)}, {"mask": "b1qk"}])
+def test_bad_values_spread_to_what_sees_them(
+    emulated_arch: int, hides: dict[str, object], where: str, value: float
+) -> None:
+    """And no further: not through a hidden key's weight of 0."""
+    p = make_problem(Case("", (2, 65, 65), (2, 2), 16, **hides), torch.float16)  # type: ignore[arg-type]
+    bad = getattr(p, where).clone()
+    bad[1, 40, 1, 3] = value
+    p = p._replace(**{where: bad})
+    out, lse = public.attention(p, "cuda")
+    expected, expected_lse = reference.attention(to_float64(p))
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+    assert torch.equal(lse.isnan(), expected_lse.isnan())
+    clean = expected.isfinite()
+    torch.testing.assert_close(out.double()[clean], expected[clean], rtol=1e-2, atol=2e-3)
