@@ -35,9 +35,9 @@ void launch(void (*kernel)(Params), const Grid& grid, const Params& params, cons
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
   }
-  kernel<<<blocks, grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(device.stream)> > >(
-      params);
-  check(cudaGetLastError());
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(grid.threads),
+                         arguments, grid.shared_bytes, static_cast<cudaStream_t>(device.stream)));
 #endif
 }
 
