@@ -259,7 +259,8 @@ int64_t attn_decode_workspace(const AttnDecodeParams& p, const Device& device) {
 void attn_decode(const AttnDecodeParams& p, void* workspace, const Device& device) {
   const int64_t rows = p.batch * p.heads_q * p.seqlen_q;
   if (rows == 0) return;
-  decode::KernelParams params{p};
+  decode::KernelParams params{};
+  static_cast<AttnDecodeParams&>(params) = p;
   params.by_page_size = Divider::by(p.page_size);
   params.by_group_size = Divider::by(p.heads_q / p.heads_k);
   params.splits = decode::choose_splits(p, device);
