@@ -1,0 +1,76 @@
+#include "async_copy.h"
+
+#include <cstring>
+
+#include "block.h"
+#include "global_memory.h"
+#include "options.h"
+#include "report.h"
+
+namespace emulator {
+namespace {
+
+void carry_out(PendingCopies::Copy* copy) {
+  std::memcpy(copy->shared, copy->global, copy->bytes);
+  std::memset(copy->shared + copy->bytes, 0, copy->size - copy->bytes);
+  copy->done = true;
+}
+
+}  // namespace
+
+void complete_at_random(Thread& t) {
+  for (PendingCopies::Copy& copy : t.copies.copies) {
+    if (!copy.done && random_bits() % 8 == 0) carry_out(&copy);
+  }
+}
+
+void cp_async(void* shared, const void* global, int size, int bytes, Site site) {
+  Thread& t = *current;
+  Block& b = *t.block;
+  if (size != 4 && size != 8 && size != 16) fail(site, "cp.async of %d bytes", size);
+  if (bytes < 0 || bytes > size) fail(site, "cp.async reads %d of %d bytes", bytes, size);
+  const auto offset = static_cast<unsigned char*>(shared) - b.shared;
+  if (offset < 0 || offset + size > b.shared_bytes) {
+    fail(site, "cp.async writes outside shared memory: %td of %d bytes", offset, b.shared_bytes);
+  }
+  if (offset % size != 0)
+    fail(site, "cp.async to shared memory %td, not aligned to %d", offset, size);
+  if (reinterpret_cast<uintptr_t>(global) % size != 0) {
+    fail(site, "cp.async from %p, not aligned to %d", global, size);
+  }
+  if (bytes > 0) access_global(t, global, bytes, GlobalAccess::kRead, "cp.async", site);
+  if (options().races) b.shadow.begin_copy(offset, size, observer(t), site);
+  PendingCopies::Copy copy{static_cast<unsigned char*>(shared),
+                           static_cast<const unsigned char*>(global),
+                           size,
+                           bytes,
+                           t.copies.open_group,
+                           false};
+  if (options().completion == Completion::kEager) {
+    carry_out(&copy);
+  } else {
+    std::memset(shared, 0xff, size);
+  }
+  t.copies.copies.push_back(copy);
+}
+
+void cp_async_commit() { ++current->copies.open_group; }
+
+void cp_async_wait(int groups_left, Site) {
+  Thread& t = *current;
+  auto& copies = t.copies.copies;
+  size_t kept = 0;
+  for (size_t i = 0; i < copies.size(); ++i) {
+    if (copies[i].group >= t.copies.open_group - groups_left) {
+      copies[kept++] = copies[i];
+      continue;
+    }
+    if (!copies[i].done) carry_out(&copies[i]);
+    if (options().races) {
+      t.block->shadow.end_copy(copies[i].shared - t.block->shared, copies[i].size, observer(t));
+    }
+  }
+  copies.resize(kept);
+}
+
+}  // namespace emulator

@@ -1,0 +1,98 @@
+"""Compiles CUDA sources with g++ into shared libraries that run them in the emulator.
+
+By hand: python tests/emulator/build.py NAME SOURCE… prints the library's path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+OUTPUT = ROOT / "build" / "emulator"
+
+CXX = os.environ.get("CXX", "g++")
+COMMON = ["-std=c++17", "-fPIC", "-g1", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra"]
+# The run time has no instrumentation. Its mma is worth the machine's vector instructions.
+RUNTIME = [*COMMON, "-O2", "-ftree-vectorize", "-march=native"]
+# Of kernels every load and store outside of registers calls a hook of ours (hooks.cpp); the same
+# flag would also bring in ThreadSanitizer's own run time, but only when linking.
+KERNEL = [
+    *COMMON,
+    "-O2",
+    "-fsanitize=thread",
+    "--param=tsan-distinguish-volatile=1",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+    "-Wno-unused-parameter",
+    "-DFASTATTN_EMULATE",
+    f"-I{HERE}",
+    f"-I{ROOT / 'csrc' / 'cuda'}",
+]
+
+
+def build(name: str, sources: Iterable[Path | str], extra_flags: Sequence[str] = ()) -> Path:
+    """The shared library of these sources and the emulator, compiled where anything has changed.
+
+    `.cu` files hold kernels and are instrumented; others (`.cpp`) are host code that isn't.
+    `extra_flags` go to every compilation, the emulator's included.
+    """
+    objects = []
+    for source in map(Path, [*sources, *sorted(HERE.glob("*.cpp"))]):
+        source = source if source.is_absolute() else ROOT / source
+        flags = KERNEL if source.suffix == ".cu" else RUNTIME
+        objects.append(_compile(source, [*flags, *extra_flags]))
+    library = OUTPUT / f"lib{name}.so"
+    # -Bsymbolic: of two such libraries in one process each keeps to its own emulator.
+    command = [CXX, "-shared", "-Wl,-Bsymbolic", "-o", str(library), *map(str, objects), "-ldl"]
+    if _is_stale(library, command, objects):
+        _run(library, command)
+    return library
+
+
+def _compile(source: Path, flags: list[str]) -> Path:
+    """The object of `source`, in a file named after its path and flags: libraries share objects."""
+    key = hashlib.sha256(shlex.join([CXX, *flags, str(source)]).encode()).hexdigest()[:10]
+    target = OUTPUT / "objects" / f"{source.stem}-{key}.o"
+    dependencies = target.with_suffix(".d")
+    command = [CXX, *flags, "-MD", "-MF", str(dependencies), "-x", "c++", "-c", str(source)]
+    command += ["-o", str(target)]
+    needed = [source]
+    if dependencies.exists():
+        words = dependencies.read_text().replace("\\\n", " ").split()
+        needed = [Path(word) for word in words[1:]]
+    if not dependencies.exists() or _is_stale(target, command, needed):
+        _run(target, command)
+    return target
+
+
+def _is_stale(target: Path, command: list[str], needed: Iterable[Path]) -> bool:
+    """Whether `target` came from another command, or is older than something it needs."""
+    if not target.exists() or _command_file(target).read_text() != shlex.join(command):
+        return True
+    made = target.stat().st_mtime_ns
+    return any(not path.exists() or path.stat().st_mtime_ns > made for path in needed)
+
+
+def _run(target: Path, command: list[str]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        target.unlink(missing_ok=True)
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
+    sys.stderr.write(done.stderr)
+    _command_file(target).write_text(shlex.join(command))
+
+
+def _command_file(target: Path) -> Path:
+    return target.with_suffix(target.suffix + ".cmd")
+
+
+if __name__ == "__main__":
+    print(build(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,64 @@
+// The functions of csrc/cuda/ptx.cuh on the emulator.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "elements.cuh"
+
+namespace fastattn::cuda::ptx {
+
+using emulator::Format;
+using emulator::Site;
+
+// --- matrix fragments ----------------------------------------------------------------------------
+
+EMULATED void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
+  emulator::ldmatrix(r, row, 4, false, site);
+}
+EMULATED void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
+  emulator::ldmatrix(r, row, 4, true, site);
+}
+
+EMULATED void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16,
+                           Site site = Site::here()) {
+  const uint32_t b[2] = {b0, b1};
+  emulator::mma(d, a, b, Format::kBF16, 16, site);
+}
+EMULATED void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, fp16,
+                           Site site = Site::here()) {
+  const uint32_t b[2] = {b0, b1};
+  emulator::mma(d, a, b, Format::kFP16, 16, site);
+}
+EMULATED void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, fp16,
+                          Site site = Site::here()) {
+  const uint32_t a[2] = {a0, a1};
+  emulator::mma(d, a, &b, Format::kFP16, 8, site);
+}
+
+// --- asynchronous copies -------------------------------------------------------------------------
+
+EMULATED void cp_async_16(void* shared, const void* global, int bytes, Site site = Site::here()) {
+  emulator::cp_async(shared, global, 16, bytes, site);
+}
+EMULATED void cp_async_commit() { emulator::cp_async_commit(); }
+template <int N>
+EMULATED void cp_async_wait(Site site = Site::here()) {
+  emulator::cp_async_wait(N, site);
+}
+
+// --- arithmetic ----------------------------------------------------------------------------------
+
+// Results below 2^-126 are flushed to zero, as .ftz has it.
+EMULATED float ex2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+EMULATED float lg2(float x) { return log2f(std::fabs(x) < 0x1p-126f ? 0.0f : x); }
+
+EMULATED uint32_t pack(float low, float high, bf16) {
+  return emulator::float_to_bf16(low) | uint32_t(emulator::float_to_bf16(high)) << 16;
+}
+EMULATED uint32_t pack(float low, float high, fp16) {
+  return emulator::float_to_fp16(low) | uint32_t(emulator::float_to_fp16(high)) << 16;
+}
+EMULATED float to_float(fp16 x) { return emulator::fp16_to_float(x.bits); }
+
+}  // namespace fastattn::cuda::ptx

@@ -1,0 +1,85 @@
+#include "global_memory.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "block.h"
+#include "report.h"
+
+namespace emulator {
+namespace {
+
+struct Buffer {
+  uintptr_t begin;
+  size_t bytes;
+  std::string name;
+  bool writable;
+};
+std::vector<Buffer> buffers;
+size_t last_hit;
+
+// Null where the range doesn't lie inside one buffer.
+Buffer* find(uintptr_t p, size_t bytes) {
+  const auto holds = [=](const Buffer& b) {
+    return p - b.begin < b.bytes && p - b.begin + bytes <= b.bytes;
+  };
+  if (last_hit < buffers.size() && holds(buffers[last_hit])) return &buffers[last_hit];
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    if (holds(buffers[i])) {
+      last_hit = i;
+      return &buffers[i];
+    }
+  }
+  return nullptr;
+}
+
+[[noreturn]] void fail_outside(uintptr_t p, size_t bytes, const char* what, Site site) {
+  const Buffer* nearest = nullptr;
+  int64_t distance = 0, best = INT64_MAX;  // from the nearest buffer's begin
+  for (const Buffer& b : buffers) {
+    const auto from_begin = static_cast<int64_t>(p - b.begin);
+    const int64_t outside =
+        from_begin < 0 ? -from_begin
+                       : from_begin + static_cast<int64_t>(bytes) - static_cast<int64_t>(b.bytes);
+    if (outside < best) {
+      best = outside;
+      nearest = &b;
+      distance = from_begin;
+    }
+  }
+  if (nearest == nullptr) {
+    fail(site, "%s of %zu bytes at %p: no buffer of global memory has been named", what, bytes,
+         reinterpret_cast<void*>(p));
+  }
+  fail(site, "%s of %zu bytes at %p, outside all buffers: byte %lld of %s, which has %zu", what,
+       bytes, reinterpret_cast<void*>(p), static_cast<long long>(distance), nearest->name.c_str(),
+       nearest->bytes);
+}
+
+}  // namespace
+
+void access_global(Thread&, const void* p, size_t bytes, GlobalAccess access, const char* what,
+                   Site site) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  const Buffer* buffer = find(address, bytes);
+  if (buffer == nullptr) fail_outside(address, bytes, what, site);
+  if (access != GlobalAccess::kRead && !buffer->writable) {
+    fail(site, "%s to byte %zu of %s, which is only read", what,
+         static_cast<size_t>(address - buffer->begin), buffer->name.c_str());
+  }
+}
+
+void begin_global_launch() { last_hit = 0; }
+
+}  // namespace emulator
+
+extern "C" void emulator_add_buffer(const void* address, int64_t bytes, const char* name,
+                                    int writable) {
+  if (bytes > 0) {
+    emulator::buffers.push_back(
+        {reinterpret_cast<uintptr_t>(address), static_cast<size_t>(bytes), name, writable != 0});
+  }
+}
+
+extern "C" void emulator_clear_buffers() { emulator::buffers.clear(); }

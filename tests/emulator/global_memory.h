@@ -1,0 +1,22 @@
+// Global memory as kernels see it: the buffers the host has named.
+#pragma once
+
+#include <cstddef>
+
+#include "site.h"
+
+namespace emulator {
+
+struct Thread;
+
+enum class GlobalAccess { kRead, kWrite, kAtomic };
+
+// Accesses outside of all buffers, and writes to read-only ones, end the launch; races are
+// reported.
+void access_global(Thread& t, const void* p, size_t bytes, GlobalAccess access, const char* what,
+                   Site site);
+
+// A kernel's end orders everything it did before the next one.
+void begin_global_launch();
+
+}  // namespace emulator

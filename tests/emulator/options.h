@@ -1,0 +1,32 @@
+// What a launch checks, and how adversarial it is.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace emulator {
+
+// When an asynchronous copy is carried out; until then its destination is all ones (NaN).
+enum class Completion {
+  kEager,   // as it is issued
+  kLazy,    // as it is waited for
+  kRandom,  // somewhere between
+};
+
+struct Options {
+  Completion completion = Completion::kLazy;
+  uint64_t seed = 0;  // of the order of warps and blocks; 0: as numbered
+  bool races = true;  // races and reads of uninitialised shared memory
+  bool co_scheduled =
+      false;  // all blocks of a grid are in flight, for those that wait on each other
+  int shared_limit = 227 * 1024;  // bytes a block may ask for
+};
+
+// The options of the next launch: at first those in the environment variable FASTATTN_EMULATOR.
+Options& options();
+
+// From a text such as "lazy,seed=3,races=0,co_scheduled=1,shared_limit=65536"; what isn't named has
+// its default. Throws std::invalid_argument.
+Options parse_options(const std::string& text);
+
+}  // namespace emulator

@@ -1,0 +1,87 @@
+// What the emulator offers to kernels (through emulated_cuda.h and emulated_ptx.h) and to the host
+// code that starts them. The run time behind it is compiled without instrumentation.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "site.h"
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulator {
+
+// --- who is running ------------------------------------------------------------------------------
+
+struct ThreadIds {
+  dim3 thread, block, block_dim, grid_dim;
+};
+// Constant for as long as a kernel's function runs: that is on one fiber.
+__attribute__((const)) const ThreadIds& ids();
+__attribute__((const)) unsigned char* shared_memory();
+
+// --- barriers ------------------------------------------------------------------------------------
+
+void sync_threads(Site site);
+void sync_warp(uint32_t mask, Site site);
+// bar.sync (wait) and bar.arrive (no wait) of `threads` threads on barrier `id`, 0 … 15.
+void named_barrier(int id, int threads, bool wait, Site site);
+
+// --- warp instructions: all 32 lanes must come ---------------------------------------------------
+
+enum class Shuffle { kIndex, kUp, kDown, kXor };
+uint32_t shuffle(Shuffle kind, uint32_t mask, uint32_t value, int operand, int width, Site site);
+uint32_t ballot(uint32_t mask, bool predicate, Site site);
+
+// `count` (1, 2, 4) 8×8 matrices of 16-bit elements from shared memory.
+void ldmatrix(uint32_t* r, const void* row, int count, bool transposed, Site site);
+
+enum class Format { kBF16, kFP16, kTF32 };
+// d (16, 8) += a (16, k) · b (k, 8); a lane's share of a is k / 4 registers of 16-bit elements or
+// k / 2 of tf32, of b half as many.
+void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, Site site);
+
+// --- asynchronous copies -------------------------------------------------------------------------
+
+// `size` (4, 8, 16) bytes to shared memory: `bytes` of them from global memory, zeros behind.
+void cp_async(void* shared, const void* global, int size, int bytes, Site site);
+void cp_async_commit();
+void cp_async_wait(int groups_left, Site site);
+
+// --- global memory -------------------------------------------------------------------------------
+
+void thread_fence();
+float atomic_add(float* p, float x, Site site);
+int32_t atomic_add(int32_t* p, int32_t x, Site site);
+uint32_t atomic_add(uint32_t* p, uint32_t x, Site site);
+unsigned long long atomic_add(unsigned long long* p, unsigned long long x, Site site);
+int32_t atomic_max(int32_t* p, int32_t x, Site site);
+uint32_t atomic_max(uint32_t* p, uint32_t x, Site site);
+uint32_t atomic_exchange(uint32_t* p, uint32_t x, Site site);
+uint32_t atomic_compare_exchange(uint32_t* p, uint32_t expected, uint32_t x, Site site);
+void yield();  // lets other threads run: __nanosleep
+
+// --- host ----------------------------------------------------------------------------------------
+
+// Runs `kernel` once on every thread of the grid. Throws std::runtime_error with the first reports
+// if the emulator found fault; `what` names the kernel there.
+void launch(dim3 grid, dim3 block, int shared_bytes, const std::string& what,
+            const std::function<void()>& kernel);
+
+// Runs `body` for a caller that takes no exceptions: null, or what was thrown, until the next call.
+const char* guarded(const std::function<void()>& body);
+
+}  // namespace emulator
+
+// For ctypes and the like. Functions return null or what was wrong.
+extern "C" {
+// Options, separated by commas; see options.h. They hold for the launches that follow.
+const char* emulator_set_options(const char* text);
+// A kernel may touch global memory only inside buffers named here beforehand.
+void emulator_add_buffer(const void* address, int64_t bytes, const char* name, int writable);
+void emulator_clear_buffers();
+}

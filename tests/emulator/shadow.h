@@ -1,0 +1,84 @@
+// What is remembered of each 4-byte word of a block's shared memory: who wrote it, who has read it
+// since, whether a copy to it is in flight. An access that isn't ordered after those it conflicts
+// with is a race, whatever order this run happened to take.
+//
+// Where threads touch single bytes of a word (16-bit elements), each of its bytes gets a record.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "clocks.h"
+#include "site.h"
+
+namespace emulator {
+
+// A thread as a shadow sees it.
+struct Observer {
+  uint32_t era;
+  int thread;
+  uint32_t clock;
+  const Clock* known;  // of its block in this era; may be null
+
+  bool knows(int other, uint32_t other_clock) const {
+    return other == thread || (known != nullptr && static_cast<size_t>(other) < known->size() &&
+                               (*known)[other] >= other_clock);
+  }
+};
+
+// Lanes of one warp that read at the same count of their clocks.
+struct Readers {
+  uint32_t warp_and_clock;  // as a stamp
+  uint32_t lanes;
+};
+
+struct Record {
+  static constexpr int kReaders = 4;  // a tile is read by as many warps
+  uint32_t era = 0;                   // that of writer and readers
+  uint32_t writer = 0;                // stamp; 0: nobody in this era
+  uint32_t more = 0;                  // 1 + index of further readers; kSplit + index of bytes
+  uint16_t copying = 0;               // 1 + the thread whose copy to here is in flight
+  bool written = false;
+  uint8_t readers = 0;
+  Readers reader[kReaders];
+};
+
+enum class Access { kRead, kWrite };
+
+class Shadow {
+ public:
+  // A block begins with `bytes` of memory nobody has written.
+  void reset(size_t bytes);
+
+  // `what` accesses [offset, offset + bytes); reports races and reads of what nobody wrote.
+  void access(size_t offset, size_t bytes, Access access, const Observer& who, const char* what,
+              Site site);
+  // The same as a write, which lasts until end_copy.
+  void begin_copy(size_t offset, size_t bytes, const Observer& who, Site site);
+  void end_copy(size_t offset, size_t bytes, const Observer& who);
+
+ private:
+  enum class Fault { kNone, kCopying, kUninitialised, kAfterWrite, kAfterRead };
+  struct Verdict {
+    Fault fault = Fault::kNone;
+    int other = 0;  // thread
+  };
+  using Bytes = std::array<Record, 4>;
+  static constexpr uint32_t kSplit = 1u << 31;
+
+  static bool is_split(const Record& r) { return (r.more & kSplit) != 0; }
+  void enter_era(Record* r, uint32_t era);
+  Verdict check(Record* r, Access access, const Observer& who);
+  void add_reader(Record* r, const Observer& who);
+  int unordered_reader(const Record& r, const Observer& who) const;  // or -1
+  // Calls body(record) for the words, or bytes of split words, of a range.
+  template <class Body>
+  void for_each(size_t offset, size_t bytes, const Body& body);
+
+  std::vector<Record> words_;
+  std::vector<Bytes> bytes_;                   // of split words
+  std::vector<std::vector<Readers>> readers_;  // beyond a record's own
+};
+
+}  // namespace emulator
