@@ -4,8 +4,8 @@ CXX ?= g++
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-FORMATTED := $(VENV)/bin/clang-format --style=file $(CSRC)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.h)
+FORMATTED := $(VENV)/bin/clang-format --style=file $(CSRC) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
 .PHONY: setup build demo test test-all lint format sanitize bench clean
 
@@ -50,7 +50,7 @@ $(VENV)/.dependencies: constraints.txt
 	$(PIP) torch numpy setuptools ninja
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.dependencies pyproject.toml setup.py $(CSRC)
+$(VENV)/.installed: $(VENV)/.dependencies pyproject.toml setup.py csrc/cuda/nvcc.py $(CSRC)
 	$(PIP) --no-build-isolation --editable '.[train,bench,dev]'
 	@touch $@
 
@@ -58,4 +58,4 @@ build: $(VENV)/.dependencies # incremental, for working on csrc/
 	flock build.lock $(PY) setup.py --quiet build_ext --inplace
 
 clean:
-	rm -rf build build.lock $(VENV) fastattn/_C*.so *.egg-info
+	rm -rf build build.lock $(VENV) fastattn/_C*.so fastattn/_cuda*.so *.egg-info

@@ -1,18 +1,29 @@
-"""Builds fastattn/_C.abi3.so: the CPU kernels and their bindings. Metadata is in pyproject.toml.
+"""Builds fastattn/_C.abi3.so, the CPU kernels, and fastattn/_cuda.abi3.so, the CUDA kernels.
+
+Metadata is in pyproject.toml.
 
 torch is no build requirement (an isolated build would fetch gigabytes of it): install it first and
 pass `--no-build-isolation`. Without torch the package is built without kernels and `fastattn info`
 says so.
+
+The CUDA kernels are built where nvcc is found and torch is a CUDA build; FASTATTN_CUDA=1 builds
+them wherever nvcc is, with no need of a GPU, FASTATTN_CUDA=0 nowhere. csrc/cuda/nvcc.py has the
+other settings.
 """
 
 import os
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import nvcc  # noqa: E402
+
 # The LibTorch stable ABI as of torch 2.11: one library for every later torch and every Python.
 TORCH_TARGET = "0x020b000000000000"
+BINDINGS_FLAGS = ("-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}")
 
 
 def c_extension(cpp_extension):
@@ -26,13 +37,12 @@ def c_extension(cpp_extension):
     sanitize = os.environ.get("FASTATTN_SANITIZE", "")  # e.g. "address,undefined"
     compile_args = [
         "-O1" if sanitize else "-O2",
-        "-std=c++17",
+        *BINDINGS_FLAGS,
         "-ffp-contract=off",
-        "-fvisibility=hidden",
         "-Wall",
         "-Wextra",
+        "-Wno-unused-function",
     ]
-    compile_args += ["-Wno-unused-function", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     flags = (
         [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
         if sanitize
@@ -48,16 +58,54 @@ def c_extension(cpp_extension):
     )
 
 
+def why_no_cuda(torch):
+    """None, or why the CUDA kernels are not built."""
+    wanted = os.environ.get("FASTATTN_CUDA")
+    if wanted == "0":
+        return "FASTATTN_CUDA=0"
+    if nvcc.find() is None:
+        if wanted == "1":
+            sys.exit("setup.py: FASTATTN_CUDA=1, but there is no nvcc in CUDA_HOME or on PATH")
+        return "there is no nvcc in CUDA_HOME or on PATH"
+    if wanted != "1" and torch.version.cuda is None:
+        return "torch here is built without CUDA (FASTATTN_CUDA=1 builds them nevertheless)"
+    return None
+
+
+def builder(torch, cpp_extension):
+    class BuildExtension(cpp_extension.BuildExtension):
+        def build_extension(self, ext):
+            if ext.name != "fastattn._cuda":
+                super().build_extension(ext)
+                return
+            flags = ["-O2", "-fPIC", "-Wall", *BINDINGS_FLAGS]
+            flags += [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
+            # libtorch.so brings libtorch_cuda.so along wherever torch is a CUDA build.
+            libraries = ["torch", "torch_cpu"] + (["torch_cuda"] if torch.version.cuda else [])
+            link = [f"-L{folder}" for folder in cpp_extension.library_paths()]
+            link += ["-Xlinker=--no-as-needed", *(f"-l{name}" for name in libraries)]
+            nvcc.build(Path(self.get_ext_fullpath(ext.name)).resolve(), flags, link)
+
+    return BuildExtension
+
+
 def main():
     try:
+        import torch
         from torch.utils import cpp_extension
     except ImportError:
         print("setup.py: torch is not importable here, building fastattn without its kernels")
         setup()
         return
+    extensions = [c_extension(cpp_extension)]
+    if (reason := why_no_cuda(torch)) is not None:
+        print(f"setup.py: building fastattn without its CUDA kernels: {reason}")
+    else:
+        depends = [str(file.relative_to(ROOT)) for file in sorted(nvcc.HERE.glob("*.cu*"))]
+        extensions.append(Extension("fastattn._cuda", [], depends=depends, py_limited_api=True))
     setup(
-        ext_modules=[c_extension(cpp_extension)],
-        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        ext_modules=extensions,
+        cmdclass={"build_ext": builder(torch, cpp_extension)},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 

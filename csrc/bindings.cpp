@@ -1,23 +1,32 @@
-// The one file that knows tensors: private ops fastattn_C::* take them, fill a params struct and
-// start a kernel.
+// The one file that knows tensors: private operators take them, fill a params struct and start a
+// kernel.
+//
+// It is compiled once for each library: fastattn_C (with bindings_cpu.h), fastattn_cuda
+// (FASTATTN_CUDA: bindings_cuda.h), and the tests' fastattn_emulated (FASTATTN_EMULATE too). Those
+// headers have the class Kernels, which is all that differs.
 //
 // Arguments come in the order of the problem types in fastattn/problem.py, then saved results, then
-// outputs, which Python has allocated. Public validation is Python's; what is checked here is only
-// what would make a kernel read out of bounds. Built on the LibTorch stable ABI: one library serves
-// torch 2.11 and later on every Python.
+// outputs, which Python has allocated. What is only read comes by const reference, what is written
+// by value. Public validation is Python's; what is checked here is only what would make a kernel
+// read out of bounds. Built on the LibTorch stable ABI: one library serves torch 2.11 and later on
+// every Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <atomic>
 #include <cmath>
-#include <exception>
 #include <optional>
 #include <string>
+#include <type_traits>
 
-#include "cpu/kernels.h"
 #include "params.h"
+
+#ifdef FASTATTN_CUDA
+#include "bindings_cuda.h"
+#else
+#include "bindings_cpu.h"
+#endif
 
 namespace fastattn {
 namespace {
@@ -58,26 +67,6 @@ ScoreStrides score_strides_of(const Tensor& t) {
   const auto stride = [&](int i) { return t.size(i) == 1 ? 0 : t.stride(i); };
   return {stride(0), stride(1), stride(2), stride(3)};
 }
-
-class TorchPool final : public cpu::Pool {
- public:
-  int threads() const override { return int(torch::stable::get_num_threads()); }
-
-  // One long-lived worker a thread, drawing tasks from a counter: parallel_for alone would split
-  // them statically.
-  void run(int64_t count, const std::function<void(int64_t)>& task) const override {
-    const int64_t workers = std::min<int64_t>(count, threads());
-    if (workers <= 1) {
-      for (int64_t i = 0; i < count; i++) task(i);
-      return;
-    }
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-      if (begin == end) return;
-      for (int64_t i = next++; i < count; i = next++) task(i);
-    });
-  }
-};
 
 AttnFwdParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v,
                                const OptionalTensor& mask, const OptionalTensor& bias,
@@ -137,23 +126,24 @@ AttnFwdParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v
   return p;
 }
 
-#define FASTATTN_ATTENTION_ARGS                                                       \
-  Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,             \
-      OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor seed,         \
-      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, \
-      int64_t max_seqlen_k, int64_t window_left, int64_t window_right, double scale,  \
-      double softcap, double dropout_p
+#define FASTATTN_ATTENTION_ARGS                                                                    \
+  const Tensor &q, const Tensor &k, const Tensor &v, const OptionalTensor &mask,                   \
+      const OptionalTensor &bias, const OptionalTensor &alibi_slopes, const OptionalTensor &sinks, \
+      const OptionalTensor &seed, const OptionalTensor &cu_seqlens_q,                              \
+      const OptionalTensor &cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,              \
+      int64_t window_left, int64_t window_right, double scale, double softcap, double dropout_p
 #define FASTATTN_ATTENTION_PARAMS                                                              \
   attention_params(q, k, v, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, \
                    max_seqlen_q, max_seqlen_k, window_left, window_right, scale, softcap,      \
                    dropout_p, out, lse)
 
-void attn_fwd(FASTATTN_ATTENTION_ARGS, Tensor out, Tensor lse) {
-  cpu::kernels().attn_fwd(FASTATTN_ATTENTION_PARAMS, TorchPool());
+void attn_fwd(Kernels& kernels, FASTATTN_ATTENTION_ARGS, Tensor out, Tensor lse) {
+  kernels.attn_fwd(FASTATTN_ATTENTION_PARAMS);
 }
 
-void attn_bwd(FASTATTN_ATTENTION_ARGS, Tensor out, Tensor lse, Tensor dout, OptionalTensor dlse,
-              Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias, OptionalTensor dsinks) {
+void attn_bwd(Kernels& kernels, FASTATTN_ATTENTION_ARGS, const Tensor& out, const Tensor& lse,
+              const Tensor& dout, const OptionalTensor& dlse, Tensor dq, Tensor dk, Tensor dv,
+              OptionalTensor dbias, OptionalTensor dsinks) {
   AttnBwdParams p{};
   p.fwd = FASTATTN_ATTENTION_PARAMS;
   p.dout = dout.const_data_ptr();
@@ -175,13 +165,14 @@ void attn_bwd(FASTATTN_ATTENTION_ARGS, Tensor out, Tensor lse, Tensor dout, Opti
     p.dbias_stride = score_strides_of(*dbias);
   }
   if (dsinks) p.dsinks = static_cast<float*>(dsinks->data_ptr());
-  cpu::kernels().attn_bwd(p, TorchPool());
+  kernels.attn_bwd(p);
 }
 
 // q arrives rotated; new keys and values are rotated and appended by cache_append just before.
-void attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, int64_t seqlen_new,
-                 OptionalTensor block_table, OptionalTensor cache_batch_idx,
-                 OptionalTensor cache_leftpad, OptionalTensor alibi_slopes, OptionalTensor sinks,
+void attn_decode(Kernels& kernels, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                 const Tensor& cache_seqlens, int64_t seqlen_new, const OptionalTensor& block_table,
+                 const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad,
+                 const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                  int64_t window_left, int64_t window_right, double scale, double softcap,
                  int64_t num_splits, Tensor out, Tensor lse) {
   AttnDecodeParams p{};
@@ -222,12 +213,13 @@ void attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens,
   }
   p.sinks = data<float>(sinks);
   p.num_splits = num_splits;
-  cpu::kernels().attn_decode(p, TorchPool());
+  kernels.attn_decode(p);
 }
 
-void cache_append(Tensor k_new, Tensor v_new, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens,
-                  OptionalTensor block_table, OptionalTensor cache_batch_idx,
-                  OptionalTensor rotary_cos, OptionalTensor rotary_sin, bool rotary_interleaved) {
+void cache_append(Kernels& kernels, const Tensor& k_new, const Tensor& v_new, Tensor k_cache,
+                  Tensor v_cache, const Tensor& cache_seqlens, const OptionalTensor& block_table,
+                  const OptionalTensor& cache_batch_idx, const OptionalTensor& rotary_cos,
+                  const OptionalTensor& rotary_sin, bool rotary_interleaved) {
   CacheAppendParams p{};
   p.dtype = dtype_of(k_new);
   p.batch = k_new.size(0);
@@ -258,7 +250,7 @@ void cache_append(Tensor k_new, Tensor v_new, Tensor k_cache, Tensor v_cache, Te
     p.rotary_stride = rotary_cos->stride(0);
     p.rotary_interleaved = rotary_interleaved;
   }
-  cpu::kernels().cache_append(p, TorchPool());
+  kernels.cache_append(p);
 }
 
 CrossEntropyParams cross_entropy_params(const Tensor& logits, const Tensor& target,
@@ -290,29 +282,42 @@ void set_gradient(CrossEntropyParams& p, const OptionalTensor& dloss,
   p.dloss_stride = dloss->dim() == 0 ? 0 : dloss->stride(0);
 }
 
-void cross_entropy_fwd(Tensor logits, Tensor target, OptionalTensor weight, int64_t ignore_index,
-                       double label_smoothing, double z_loss, double softcap, OptionalTensor dloss,
-                       Tensor loss, Tensor lse, OptionalTensor dlogits) {
+void cross_entropy_fwd(Kernels& kernels, const Tensor& logits, const Tensor& target,
+                       const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
+                       double z_loss, double softcap, const OptionalTensor& dloss, Tensor loss,
+                       Tensor lse, OptionalTensor dlogits) {
   auto p =
       cross_entropy_params(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
   p.loss = static_cast<float*>(loss.data_ptr());
   p.lse = static_cast<float*>(lse.data_ptr());
   set_gradient(p, dloss, dlogits);
-  cpu::kernels().cross_entropy_fwd(p, TorchPool());
+  kernels.cross_entropy_fwd(p);
 }
 
-void cross_entropy_bwd(Tensor logits, Tensor target, OptionalTensor weight, int64_t ignore_index,
-                       double label_smoothing, double z_loss, double softcap, Tensor lse,
-                       Tensor dloss, OptionalTensor dlse, Tensor dlogits) {
+void cross_entropy_bwd(Kernels& kernels, const Tensor& logits, const Tensor& target,
+                       const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
+                       double z_loss, double softcap, const Tensor& lse, const Tensor& dloss,
+                       const OptionalTensor& dlse, Tensor dlogits) {
   auto p =
       cross_entropy_params(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
   p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
   set_gradient(p, dloss, dlogits);
   p.dlse = data<float>(dlse);
-  cpu::kernels().cross_entropy_bwd(p, TorchPool());
+  kernels.cross_entropy_bwd(p);
 }
 
-std::string cpu_isa() { return cpu::kernels().isa; }
+std::string target() { return Kernels::target(); }
+
+// An operator as torch calls it: kernels for these arguments, then `op`.
+template <auto op>
+struct Entry;
+template <class... Arguments, void (*op)(Kernels&, Arguments...)>
+struct Entry<op> {
+  static void call(std::decay_t<Arguments>... arguments) {
+    Kernels kernels(static_cast<Arguments&&>(arguments)...);
+    op(kernels, static_cast<Arguments&&>(arguments)...);
+  }
+};
 
 }  // namespace
 }  // namespace fastattn
@@ -326,7 +331,7 @@ std::string cpu_isa() { return cpu::kernels().isa; }
   "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, " \
   "float z_loss, float softcap, "
 
-STABLE_TORCH_LIBRARY(fastattn_C, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTATTN_OPS, m) {
   m.def("attn_fwd(" FASTATTN_ATTENTION_SCHEMA "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attn_bwd(" FASTATTN_ATTENTION_SCHEMA
         "Tensor out, Tensor lse, Tensor dout, Tensor? dlse, Tensor(a!) dq, Tensor(b!) dk, "
@@ -344,17 +349,17 @@ STABLE_TORCH_LIBRARY(fastattn_C, m) {
         "Tensor? dloss, Tensor(a!) loss, Tensor(b!) lse, Tensor(c!)? dlogits) -> ()");
   m.def("cross_entropy_bwd(" FASTATTN_CROSS_ENTROPY_SCHEMA
         "Tensor lse, Tensor dloss, Tensor? dlse, Tensor(a!) dlogits) -> ()");
-  m.def("cpu_isa() -> str");
+  m.def(FASTATTN_TARGET "() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn_C, CPU, m) {
-  m.impl("attn_fwd", TORCH_BOX(&fastattn::attn_fwd));
-  m.impl("attn_bwd", TORCH_BOX(&fastattn::attn_bwd));
-  m.impl("attn_decode", TORCH_BOX(&fastattn::attn_decode));
-  m.impl("cache_append", TORCH_BOX(&fastattn::cache_append));
-  m.impl("cross_entropy_fwd", TORCH_BOX(&fastattn::cross_entropy_fwd));
-  m.impl("cross_entropy_bwd", TORCH_BOX(&fastattn::cross_entropy_bwd));
+STABLE_TORCH_LIBRARY_IMPL(FASTATTN_OPS, FASTATTN_KEY, m) {
+  m.impl("attn_fwd", TORCH_BOX(&fastattn::Entry<&fastattn::attn_fwd>::call));
+  m.impl("attn_bwd", TORCH_BOX(&fastattn::Entry<&fastattn::attn_bwd>::call));
+  m.impl("attn_decode", TORCH_BOX(&fastattn::Entry<&fastattn::attn_decode>::call));
+  m.impl("cache_append", TORCH_BOX(&fastattn::Entry<&fastattn::cache_append>::call));
+  m.impl("cross_entropy_fwd", TORCH_BOX(&fastattn::Entry<&fastattn::cross_entropy_fwd>::call));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&fastattn::Entry<&fastattn::cross_entropy_bwd>::call));
 }
-STABLE_TORCH_LIBRARY_IMPL(fastattn_C, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&fastattn::cpu_isa));
+STABLE_TORCH_LIBRARY_IMPL(FASTATTN_OPS, CompositeExplicitAutograd, m) {
+  m.impl(FASTATTN_TARGET, TORCH_BOX(&fastattn::target));
 }

@@ -1,100 +1,29 @@
-"""The CPU kernels' row in the backend table: allocates outputs, calls the private ops of `_C`."""
+"""The CPU kernels' row in the backend table: `_C`, the library of csrc/cpu."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from . import library
-from .backends import Problem
-from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem, last_stride_one
-from .rotary import rotate_queries
+from .backends import KERNEL_DTYPES, Problem
+from .compiled import Compiled
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_compiled = Compiled(lambda: torch.ops.fastattn_C)
+attn_fwd = _compiled.attn_fwd
+attn_bwd = _compiled.attn_bwd
+attn_decode = _compiled.attn_decode
+cross_entropy_fwd = _compiled.cross_entropy_fwd
+cross_entropy_bwd = _compiled.cross_entropy_bwd
 
 
 def unusable() -> str | None:
     return library.load_error()
 
 
-def refuses(p: Problem) -> str | None:
+def refuses(p: Problem, asked: bool) -> str | None:
     first = p[0]
     if first.device.type != "cpu":
         return f"the tensors are on {first.device}, not the CPU"
-    if first.dtype not in _DTYPES:
+    if first.dtype not in KERNEL_DTYPES:
         return f"dtype {first.dtype} has no kernel, only float32, bfloat16 and float16 have"
     return None
-
-
-def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
-    out = p.q.new_empty((*p.q.shape[:-1], p.v.shape[-1]))
-    shape = (p.q.shape[1], p.q.shape[0]) if p.packed else (p.q.shape[0], p.q.shape[2], p.q.shape[1])
-    lse = p.q.new_empty(shape, dtype=torch.float32)
-    torch.ops.fastattn_C.attn_fwd(*p, out, lse)
-    return out, lse
-
-
-def attn_bwd(
-    p: AttentionProblem,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Deterministic either way."""
-    dout = last_stride_one(dout)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (p.q, p.k, p.v))
-    dbias = dsinks = None
-    if p.bias is not None:
-        dbias = p.bias.new_zeros(p.bias.shape, dtype=torch.float32)
-    if p.sinks is not None:
-        dsinks = p.sinks.new_zeros(p.sinks.shape)
-    dlse = None if dlse is None else last_stride_one(dlse)
-    torch.ops.fastattn_C.attn_bwd(*p, out, lse, dout, dlse, dq, dk, dv, dbias, dsinks)
-    if p.bias is not None and dbias is not None:
-        dbias = dbias.to(p.bias.dtype)
-    return dq, dk, dv, dbias, dsinks
-
-
-def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
-    batch, seqlen_q, heads, _ = p.q.shape
-    if p.k is not None:
-        torch.ops.fastattn_C.cache_append(
-            p.k, p.v, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.cache_batch_idx,
-            p.rotary_cos, p.rotary_sin, p.rotary_interleaved,
-        )  # fmt: skip
-    q = rotate_queries(p)
-    out = q.new_empty((batch, seqlen_q, heads, p.v_cache.shape[-1]))
-    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
-    torch.ops.fastattn_C.attn_decode(
-        q, p.k_cache, p.v_cache, p.cache_seqlens, 0 if p.k is None else p.k.shape[1], p.block_table,
-        p.cache_batch_idx, p.cache_leftpad, p.alibi_slopes, p.sinks, p.window_left, p.window_right,
-        p.scale, p.softcap, p.num_splits, out, lse,
-    )  # fmt: skip
-    return out, lse
-
-
-def cross_entropy_fwd(
-    p: CrossEntropyProblem, dloss: Tensor | None, dlogits: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Loss and lse a row; with dlogits (may be the logits) dloss · ∂loss too, in the same pass."""
-    loss = p.logits.new_empty(p.logits.shape[:1], dtype=torch.float32)
-    lse = torch.empty_like(loss)
-    torch.ops.fastattn_C.cross_entropy_fwd(*p, dloss, loss, lse, dlogits)
-    return loss, lse
-
-
-def cross_entropy_bwd(
-    p: CrossEntropyProblem,
-    lse: Tensor,
-    dloss: Tensor,
-    dlse: Tensor | None,
-    dlogits: Tensor | None = None,
-) -> Tensor:
-    """dloss · ∂loss + dlse · ∂lse; written to dlogits (may be the logits) if given."""
-    if dlogits is None:
-        dlogits = p.logits.new_empty(p.logits.shape)
-    dlse = None if dlse is None else last_stride_one(dlse)  # lse.sum().backward() sends stride 0
-    torch.ops.fastattn_C.cross_entropy_bwd(*p, lse, dloss, dlse, dlogits)
-    return dlogits

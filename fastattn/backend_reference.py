@@ -13,7 +13,7 @@ def unusable() -> None:
     return None
 
 
-def refuses(p: Problem) -> None:
+def refuses(p: Problem, asked: bool) -> None:
     return None
 
 

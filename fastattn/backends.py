@@ -39,9 +39,9 @@ class Backend(NamedTuple):
         """None, or why this backend can't run on this machine at all."""
         return self._load().unusable()
 
-    def refuses(self, p: Problem) -> str | None:
-        """None, or why this backend can't take this problem."""
-        return self.unusable() or self._load().refuses(p)
+    def refuses(self, p: Problem, asked: bool = False) -> str | None:
+        """None, or why this backend can't take this problem; `asked` for by name or not."""
+        return self.unusable() or self._load().refuses(p, asked)
 
     def _load(self):
         return importlib.import_module(self.module, __package__)
@@ -70,6 +70,7 @@ class Backend(NamedTuple):
 
 
 TABLE = (
+    Backend("cuda", "CUDA C++ kernels", ".backend_cuda"),
     Backend("cpu", "SIMD C++ kernels", ".backend_cpu"),
     Backend("reference", "eager PyTorch, the specification", ".backend_reference"),
 )
@@ -90,7 +91,7 @@ def choose(p: Problem, backend: str | None) -> Backend:
     name = requested(backend)
     if name is not None:
         row = _BY_NAME[name]
-        if (reason := row.refuses(p)) is not None:
+        if (reason := row.refuses(p, asked=True)) is not None:
             raise RuntimeError(f"backend={name!r} can't take this problem: {reason}")
         return row
     refusals: list[str] = []
@@ -125,7 +126,7 @@ def explain_problem(p: Problem, backend: str | None) -> Explanation:
     name = requested(backend)
     rows, chosen = [], False
     for row in TABLE:
-        reason = row.refuses(p)
+        reason = row.refuses(p, asked=row.name == name)
         if reason is not None:
             verdict = f"no: {reason}"
         elif name not in (None, row.name) or chosen:

@@ -112,6 +112,8 @@ def backends() -> list[Line]:
         rows.append((row.name, verdict))
         if row.name == "cpu" and reason is None:
             rows.append(("", cpu_isa()))
+        if row.name == "cuda" and reason is None:
+            rows.append(("", cuda_target()))
     if forced := os.environ.get("FASTATTN_BACKEND"):
         known = forced in {row.name for row in TABLE}
         rows.append(("forced", f"FASTATTN_BACKEND={forced}" + ("" if known else " is no backend")))
@@ -129,6 +131,15 @@ def cpu_isa() -> str:
         return f"instruction set: {chosen} (FASTATTN_CPU_ISA forces it)"
     usable = ", ".join(ISAS[ISAS.index(chosen) :])
     return f"instruction set: {chosen}; usable: {usable} (FASTATTN_CPU_ISA forces one)"
+
+
+def cuda_target() -> str:
+    """Where the CUDA kernels run and what they are built for."""
+    if library.emulated():
+        arch = os.environ.get("FASTATTN_EMULATE_ARCH", "80")
+        return f"in the emulator of FASTATTN_EMULATE, as on sm_{arch}; only if asked for"
+    built = [f"sm_{arch}" for arch in library.cuda_architectures()]
+    return f"built for {', '.join(built)} and later ones"
 
 
 # ---- packages ----------------------------------------------------------------------------------

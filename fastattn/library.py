@@ -1,6 +1,8 @@
-"""Finds and loads the compiled library `_C.abi3.so`, once, on first use.
+"""Finds and loads the compiled libraries, each once, on first use.
 
-FASTATTN_LIBRARY names another file to load in its place, such as one built with sanitizers.
+`_C.abi3.so` has the CPU kernels, `_cuda.abi3.so` the CUDA kernels. FASTATTN_LIBRARY and
+FASTATTN_CUDA_LIBRARY name other files to load in their place, such as one built with sanitizers;
+FASTATTN_EMULATE names a library of the CUDA kernels built for the emulator.
 """
 
 from __future__ import annotations
@@ -14,19 +16,14 @@ import torch
 
 @functools.cache
 def load_error() -> str | None:
-    """Load the library; None, or the reason why it can't be."""
-    named = os.environ.get("FASTATTN_LIBRARY")
-    candidates = [Path(named).resolve()] if named else sorted(Path(__file__).parent.glob("_C*.so"))
-    if not candidates:
+    """Load the CPU kernels; None, or the reason why they can't be."""
+    file = _find("_C*.so", "FASTATTN_LIBRARY")
+    if file is None:
         return (
             "fastattn/_C*.so is missing: the package was installed without its kernels"
             " (install torch and a C++17 compiler, then `pip install --no-build-isolation`)"
         )
-    try:
-        torch.ops.load_library(str(candidates[0]))
-    except (OSError, RuntimeError) as error:
-        return f"{candidates[0].name} could not be loaded: {error}"
-    return None
+    return _load(file)
 
 
 @functools.cache
@@ -38,3 +35,42 @@ def cpu_isa() -> str:
     if (reason := load_error()) is not None:
         raise RuntimeError(reason)
     return torch.ops.fastattn_C.cpu_isa()
+
+
+def cuda_load_error() -> str | None:
+    """Load the CUDA kernels, or the emulator's; None, or the reason why they can't be."""
+    if emulated():
+        return _load(Path(os.environ["FASTATTN_EMULATE"]).resolve())
+    file = _find("_cuda*.so", "FASTATTN_CUDA_LIBRARY")
+    if file is None:
+        return (
+            "fastattn/_cuda*.so is missing: the package was installed without its CUDA kernels"
+            " (install nvcc, then `FASTATTN_CUDA=1 pip install --no-build-isolation`)"
+        )
+    return _load(file)
+
+
+@functools.cache
+def cuda_architectures() -> tuple[int, ...]:
+    """What the loaded CUDA kernels are built for, as 75, 80, 90 …; PTX of the last of them too."""
+    return tuple(sorted(int(a) for a in torch.ops.fastattn_cuda.architectures().split(";")))
+
+
+def emulated() -> bool:
+    """The CUDA kernels of this process run in the emulator."""
+    return bool(os.environ.get("FASTATTN_EMULATE"))
+
+
+def _find(pattern: str, variable: str) -> Path | None:
+    if named := os.environ.get(variable):
+        return Path(named).resolve()
+    return min(Path(__file__).parent.glob(pattern), default=None)
+
+
+@functools.cache
+def _load(file: Path) -> str | None:
+    try:
+        torch.ops.load_library(str(file))
+    except (OSError, RuntimeError) as error:
+        return f"{file.name} could not be loaded: {error.__cause__ or error}"
+    return None

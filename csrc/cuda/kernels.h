@@ -19,6 +19,10 @@ struct Device {
   void* stream;         // cudaStream_t
 };
 
+// GPU number `index`, made current for what is launched next. Throws std::runtime_error where there
+// is none. In the emulator: the one that FASTATTN_EMULATE_ARCH names, sm_80 by default.
+Device device(int index, void* stream);
+
 void attn_fwd(const AttnFwdParams& p, const Device& device);
 
 int64_t attn_bwd_workspace(const AttnBwdParams& p, const Device& device);

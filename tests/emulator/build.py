@@ -37,7 +37,12 @@ KERNEL = [
 ]
 
 
-def build(name: str, sources: Iterable[Path | str], extra_flags: Sequence[str] = ()) -> Path:
+def build(
+    name: str,
+    sources: Iterable[Path | str],
+    extra_flags: Sequence[str] = (),
+    link_flags: Sequence[str] = (),
+) -> Path:
     """The shared library of these sources and the emulator, compiled where anything has changed.
 
     `.cu` files hold kernels and are instrumented; others (`.cpp`) are host code that isn't.
@@ -51,6 +56,7 @@ def build(name: str, sources: Iterable[Path | str], extra_flags: Sequence[str] =
     library = OUTPUT / f"lib{name}.so"
     # -Bsymbolic: of two such libraries in one process each keeps to its own emulator.
     command = [CXX, "-shared", "-Wl,-Bsymbolic", "-o", str(library), *map(str, objects), "-ldl"]
+    command += link_flags
     if _is_stale(library, command, objects):
         _run(library, command)
     return library

@@ -1,0 +1,88 @@
+"""The CUDA kernels' row in the backend table: `_cuda`, the library of csrc/cuda.
+
+Where FASTATTN_EMULATE names a library of the same kernels built for the emulator (tests/emulated.py
+builds it), they run on CPU tensors, thousands of times slower, for whoever asks for this backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from . import library
+from .backends import Problem
+from .compiled import Compiled
+from .problem import AttentionProblem, CrossEntropyProblem, LinearCrossEntropyProblem
+
+# fp32 attention would need 3 times as many tensor core products, or none.
+_ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
+_LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_compiled = Compiled(
+    lambda: torch.ops.fastattn_emulated if library.emulated() else torch.ops.fastattn_cuda
+)
+attn_fwd = _compiled.attn_fwd
+attn_decode = _compiled.attn_decode
+cross_entropy_fwd = _compiled.cross_entropy_fwd
+cross_entropy_bwd = _compiled.cross_entropy_bwd
+
+
+def unusable() -> str | None:
+    if not library.emulated():
+        if torch.version.cuda is None:
+            return "this torch is built without CUDA"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+    return library.cuda_load_error()
+
+
+def refuses(p: Problem, asked: bool) -> str | None:
+    first = p[0]
+    if not library.emulated():
+        if first.device.type != "cuda":
+            return f"the tensors are on {first.device}, not a CUDA device"
+    elif not asked:
+        return "here it runs in the emulator, only if asked for by name"
+    elif first.device.type != "cpu":
+        return f"the tensors are on {first.device}, and the emulator takes those on the CPU"
+    return _no_image(arch(first)) or _no_kernel(p, arch(first))
+
+
+def arch(t: Tensor) -> int:
+    """Of t's device, as compute capability · 10: 75, 80, 86, 89, 90, 100, 120."""
+    if library.emulated():
+        return int(os.environ.get("FASTATTN_EMULATE_ARCH", "80"))
+    major, minor = torch.cuda.get_device_capability(t.device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _no_image(arch: int) -> str | None:
+    """Machine code runs on devices of its major version and at least its minor one, PTX on any
+    later device."""
+    if library.emulated():
+        return None
+    built = library.cuda_architectures()
+    if any(b // 10 == arch // 10 and b <= arch for b in built) or arch > max(built):
+        return None
+    return f"the library is built for {', '.join(f'sm_{b}' for b in built)}, not for sm_{arch}"
+
+
+def _no_kernel(p: Problem, arch: int) -> str | None:
+    dtype = p[0].dtype
+    if isinstance(p, (CrossEntropyProblem, LinearCrossEntropyProblem)):
+        if dtype not in _LOSS_DTYPES:
+            return f"dtype {dtype} has no kernel, only float32, bfloat16 and float16 have"
+        return None
+    if dtype not in _ATTENTION_DTYPES:
+        return f"dtype {dtype} has no attention kernel, only bfloat16 and float16 have"
+    if arch < 80 and dtype == torch.bfloat16:
+        return f"sm_{arch} has no tensor core products of bfloat16; float16 has a kernel"
+    if isinstance(p, AttentionProblem) and any(
+        isinstance(t, Tensor) and t.requires_grad for t in p
+    ):
+        return "its attention has no backward kernel yet, and these tensors require gradients"
+    return None
