@@ -38,7 +38,7 @@ void cp_async(void* shared, const void* global, int size, int bytes, Site site) 
   if (reinterpret_cast<uintptr_t>(global) % size != 0) {
     fail(site, "cp.async from %p, not aligned to %d", global, size);
   }
-  if (bytes > 0) access_global(t, global, bytes, GlobalAccess::kRead, "cp.async", site);
+  if (bytes > 0) access_global(t, global, bytes, Access::kRead, "cp.async", site);
   if (options().races) b.shadow.begin_copy(offset, size, observer(t), site);
   PendingCopies::Copy copy{static_cast<unsigned char*>(shared),
                            static_cast<const unsigned char*>(global),

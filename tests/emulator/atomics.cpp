@@ -4,6 +4,7 @@
 #include "arena.h"
 #include "block.h"
 #include "global_memory.h"
+#include "global_shadow.h"
 #include "options.h"
 #include "report.h"
 
@@ -17,9 +18,11 @@ T atomic(T* p, const char* what, Site site, const Update& update) {
     fail(site, "%s at %p, not aligned to %zu", what, static_cast<void*>(p), sizeof(T));
   }
   if (shared_range.holds(p)) {
-    fail(site, "%s on shared memory is not emulated", what);
+    access_shared(t, p, sizeof(T), Access::kAtomic, what, site);
+  } else {
+    access_global(t, p, sizeof(T), Access::kAtomic, what, site);
   }
-  access_global(t, p, sizeof(T), GlobalAccess::kAtomic, what, site);
+  if (options().races) synchronise_through_atomic(t, p);
   const T before = *p;
   *p = update(before);
   if (options().co_scheduled) yield_thread();
@@ -52,6 +55,8 @@ uint32_t atomic_compare_exchange(uint32_t* p, uint32_t expected, uint32_t x, Sit
   return atomic(p, "atomicCAS", site, [=](uint32_t y) { return y == expected ? x : y; });
 }
 
-void thread_fence() {}
+void thread_fence() {
+  if (options().races) fence(*current);
+}
 
 }  // namespace emulator

@@ -145,13 +145,8 @@ void enter_era(Block& b) {
   static uint32_t eras;
   b.era = ++eras;
   Join join;
-  bool others = false;
-  for (Thread& t : b.thread) others = others || t.known.others != nullptr;
-  if (others) {
-    for (Thread& t : b.thread) join.add({nullptr, t.known.others}, t.id, 0);
-  }
-  Knowledge joined = join.take();
-  joined.own = nullptr;
+  for (const Thread& t : b.thread) join.add_others(t.known);
+  const Knowledge joined = join.take();
   for (Thread& t : b.thread) {
     t.clock = 1;
     t.known = joined;
@@ -238,6 +233,7 @@ void thread_main() {
   (*kernel)();
   Thread* self = current;
   Block& b = *self->block;
+  plain_access_at = nullptr;
   if (!self->copies.copies.empty()) report(Site{}, "exits with a cp.async it hasn't waited for");
   self->exited = true;
   --b.live;
@@ -279,7 +275,7 @@ void start_block(Block& b, int64_t index, const std::function<void()>& body, uns
     w.runnable = 0xffffffffu;
   }
   enter_era(b);
-  if (options().races) b.shadow.reset(b.shared_bytes);
+  if (options().races) b.shadow.reset("shared memory", b.shared_bytes, false);
 }
 
 void access_shared(Thread& t, const void* p, size_t bytes, Access access, const char* what,
@@ -287,7 +283,8 @@ void access_shared(Thread& t, const void* p, size_t bytes, Access access, const 
   Block& b = *t.block;
   const auto offset = static_cast<const unsigned char*>(p) - b.shared;
   if (offset < 0 || offset + static_cast<int64_t>(bytes) > b.shared_bytes) {
-    fail(site, "%s at shared memory %td, of %d bytes", what, offset, b.shared_bytes);
+    fail(site, "%s of %zu bytes at byte %td of shared memory, which has %d", what, bytes, offset,
+         b.shared_bytes);
   }
   if (options().races) b.shadow.access(offset, bytes, access, observer(t), what, site);
 }

@@ -32,8 +32,6 @@ struct Thread {
 
   uint32_t clock;  // its releases in this era, from 1
   Knowledge known;
-  Knowledge fenced;    // what it knew, with its own clock, at its last __threadfence
-  Knowledge acquired;  // through atomics since then
   PendingCopies copies;
 };
 

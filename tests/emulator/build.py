@@ -21,12 +21,12 @@ CXX = os.environ.get("CXX", "g++")
 COMMON = ["-std=c++17", "-fPIC", "-g1", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra"]
 # The run time has no instrumentation. Its mma is worth the machine's vector instructions.
 RUNTIME = [*COMMON, "-O2", "-ftree-vectorize", "-march=native"]
-# Of kernels every load and store outside of registers calls a hook of ours (hooks.cpp); the same
-# flag would also bring in ThreadSanitizer's own run time, but only when linking.
+# Of kernels every load and store outside of registers calls a hook of ours (hooks.cpp), and one
+# that is misaligned another; the sanitizers' own run times would come in when linking.
 KERNEL = [
     *COMMON,
     "-O2",
-    "-fsanitize=thread",
+    "-fsanitize=thread,alignment",
     "--param=tsan-distinguish-volatile=1",
     "-Wno-unknown-pragmas",
     "-Wno-unused-function",

@@ -49,8 +49,10 @@ inline void join(OtherBlocks* into, const OtherBlocks& other) {
 }
 
 struct Knowledge {
-  std::shared_ptr<const Clock> own;           // of the thread's block, in its current era
-  std::shared_ptr<const OtherBlocks> others;  // null in most kernels: blocks seldom talk
+  std::shared_ptr<const Clock> own;  // of the thread's block, in its current era
+  // Null in most kernels, as blocks seldom talk. A fence makes `fenced` of all that is known, an
+  // atomic publishes that and adds what it finds to `acquired`, the next fence makes it known.
+  std::shared_ptr<const OtherBlocks> others, fenced, acquired;
 };
 
 // Collects what several threads know.
@@ -58,32 +60,50 @@ class Join {
  public:
   // `thread` of the block releases: what it knows, and itself up to `clock`.
   void add(const Knowledge& known, int thread, uint32_t clock) {
-    if (known.own != nullptr && known.own.get() != last_own_) {
-      last_own_ = known.own.get();
+    if (known.own != nullptr && known.own.get() != last_) {
+      last_ = known.own.get();
       join(&own_, *known.own);
-    }
-    if (known.others != nullptr && known.others.get() != last_others_) {
-      last_others_ = known.others.get();
-      join(&others_, *known.others);
     }
     if (own_.size() <= static_cast<size_t>(thread)) own_.resize(thread + 1);
     own_[thread] = std::max(own_[thread], clock);
+    add_others(known);
   }
-  void forget_own() { own_.clear(), last_own_ = nullptr; }  // a new era: all of it is known
+  void add_others(const Knowledge& known) {
+    others_.add(known.others);
+    fenced_.add(known.fenced);
+    acquired_.add(known.acquired);
+  }
+  void forget_own() { own_.clear(), last_ = nullptr; }  // a new era: all of it is known
 
   Knowledge take() {
     Knowledge result;
     if (!own_.empty()) result.own = std::make_shared<const Clock>(std::move(own_));
-    if (!others_.empty()) result.others = std::make_shared<const OtherBlocks>(std::move(others_));
+    result.others = others_.take();
+    result.fenced = fenced_.take();
+    result.acquired = acquired_.take();
     *this = Join();
     return result;
   }
 
  private:
+  struct Others {
+    OtherBlocks joined;
+    const OtherBlocks* last = nullptr;  // just added: joining it again changes nothing
+
+    void add(const std::shared_ptr<const OtherBlocks>& other) {
+      if (other == nullptr || other.get() == last) return;
+      last = other.get();
+      join(&joined, *other);
+    }
+    std::shared_ptr<const OtherBlocks> take() {
+      if (joined.empty()) return nullptr;
+      return std::make_shared<const OtherBlocks>(std::move(joined));
+    }
+  };
+
   Clock own_;
-  OtherBlocks others_;
-  const Clock* last_own_ = nullptr;  // just added: joining it again changes nothing
-  const OtherBlocks* last_others_ = nullptr;
+  const Clock* last_ = nullptr;
+  Others others_, fenced_, acquired_;
 };
 
 }  // namespace emulator

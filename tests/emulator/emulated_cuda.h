@@ -56,7 +56,7 @@ EMULATED void __syncwarp(unsigned mask = 0xffffffffu, emulator_site site = emula
   emulator::sync_warp(mask, site);
 }
 EMULATED void __threadfence() { emulator::thread_fence(); }
-EMULATED void __threadfence_block() {}
+EMULATED void __threadfence_block() { emulator::thread_fence(); }
 EMULATED void __nanosleep(unsigned) { emulator::yield(); }
 
 // --- warp functions ------------------------------------------------------------------------------

@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "block.h"
+#include "global_shadow.h"
+#include "options.h"
 #include "report.h"
 
 namespace emulator {
@@ -15,9 +17,12 @@ struct Buffer {
   size_t bytes;
   std::string name;
   bool writable;
+  int64_t launch = 0;  // that the shadow belongs to
+  GlobalShadow shadow;
 };
 std::vector<Buffer> buffers;
 size_t last_hit;
+int64_t launches;
 
 // Null where the range doesn't lie inside one buffer.
 Buffer* find(uintptr_t p, size_t bytes) {
@@ -59,26 +64,39 @@ Buffer* find(uintptr_t p, size_t bytes) {
 
 }  // namespace
 
-void access_global(Thread&, const void* p, size_t bytes, GlobalAccess access, const char* what,
+void access_global(Thread& t, const void* p, size_t bytes, Access access, const char* what,
                    Site site) {
   const auto address = reinterpret_cast<uintptr_t>(p);
-  const Buffer* buffer = find(address, bytes);
+  Buffer* buffer = find(address, bytes);
   if (buffer == nullptr) fail_outside(address, bytes, what, site);
-  if (access != GlobalAccess::kRead && !buffer->writable) {
+  if (access != Access::kRead && !buffer->writable) {
     fail(site, "%s to byte %zu of %s, which is only read", what,
          static_cast<size_t>(address - buffer->begin), buffer->name.c_str());
   }
+  if (!buffer->writable || !options().races) return;
+  if (buffer->launch != launches) {
+    buffer->launch = launches;
+    buffer->shadow.reset(buffer->name.c_str(), buffer->bytes);
+  }
+  buffer->shadow.access(t, address - buffer->begin, bytes, access, what, site);
 }
 
-void begin_global_launch() { last_hit = 0; }
+void begin_global_launch() {
+  ++launches;
+  forget_synchronisation();
+}
 
 }  // namespace emulator
 
 extern "C" void emulator_add_buffer(const void* address, int64_t bytes, const char* name,
                                     int writable) {
   if (bytes > 0) {
-    emulator::buffers.push_back(
-        {reinterpret_cast<uintptr_t>(address), static_cast<size_t>(bytes), name, writable != 0});
+    emulator::buffers.push_back({reinterpret_cast<uintptr_t>(address),
+                                 static_cast<size_t>(bytes),
+                                 name,
+                                 writable != 0,
+                                 0,
+                                 {}});
   }
 }
 

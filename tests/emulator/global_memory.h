@@ -3,17 +3,15 @@
 
 #include <cstddef>
 
-#include "site.h"
+#include "shadow.h"
 
 namespace emulator {
 
 struct Thread;
 
-enum class GlobalAccess { kRead, kWrite, kAtomic };
-
 // Accesses outside of all buffers, and writes to read-only ones, end the launch; races are
 // reported.
-void access_global(Thread& t, const void* p, size_t bytes, GlobalAccess access, const char* what,
+void access_global(Thread& t, const void* p, size_t bytes, Access access, const char* what,
                    Site site);
 
 // A kernel's end orders everything it did before the next one.

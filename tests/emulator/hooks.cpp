@@ -10,9 +10,20 @@
 #include "arena.h"
 #include "block.h"
 #include "global_memory.h"
+#include "global_shadow.h"
+#include "options.h"
 #include "report.h"
 
 namespace emulator {
+
+// The beginning of what gcc and clang describe a misaligned access with.
+struct TypeMismatch {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment;
+};
+
 namespace {
 
 // Kernel parameters are copied from the host's stack, constants are read where the loader put them.
@@ -31,32 +42,47 @@ bool is_constant(const void* p) {
   return host_stack.holds(p) || dladdr(p, &info) != 0;
 }
 
-void outside_stack(const void* p, size_t bytes, bool write) {
+void outside_stack(const void* p, size_t bytes, Access access, const char* what, const void* pc) {
   Thread& t = *current;
-  const char* what = write ? "store" : "load";
+  plain_access_at = pc;
   if (static_cast<size_t>(static_cast<const unsigned char*>(p) - t.block->shared) < kSharedStride) {
-    access_shared(t, p, bytes, write ? Access::kWrite : Access::kRead, what, Site{});
-  } else if (write || !is_constant(p)) {
-    access_global(t, p, bytes, write ? GlobalAccess::kWrite : GlobalAccess::kRead, what, Site{});
+    access_shared(t, p, bytes, access, what, Site{});
+  } else if (access != Access::kRead || !is_constant(p)) {
+    access_global(t, p, bytes, access, what, Site{});
   }
 }
 
-inline void hook(const void* p, size_t bytes, bool write) {
-  if (current != nullptr && !stack_range.holds(p)) outside_stack(p, bytes, write);
+inline void hook(const void* p, size_t bytes, Access access, const char* what, const void* pc) {
+  if (current != nullptr && !stack_range.holds(p)) outside_stack(p, bytes, access, what, pc);
+}
+
+// A flag that other threads set or read meanwhile: as if by atomics.
+void volatile_hook(const void* p, size_t bytes, const char* what, const void* pc) {
+  if (current == nullptr || stack_range.holds(p)) return;
+  outside_stack(p, bytes, Access::kAtomic, what, pc);
+  if (options().races) synchronise_through_atomic(*current, p);
+  if (options().co_scheduled) yield_thread();
 }
 
 }  // namespace
 }  // namespace emulator
 
-#define EMULATOR_HOOKS(bytes)                                                              \
-  void __tsan_read##bytes(void* p) { emulator::hook(p, bytes, false); }                    \
-  void __tsan_write##bytes(void* p) { emulator::hook(p, bytes, true); }                    \
-  void __tsan_unaligned_read##bytes(void* p) { emulator::hook(p, bytes, false); }          \
-  void __tsan_unaligned_write##bytes(void* p) { emulator::hook(p, bytes, true); }          \
-  void __tsan_volatile_read##bytes(void* p) { emulator::hook(p, bytes, false); }           \
-  void __tsan_volatile_write##bytes(void* p) { emulator::hook(p, bytes, true); }           \
-  void __tsan_unaligned_volatile_read##bytes(void* p) { emulator::hook(p, bytes, false); } \
-  void __tsan_unaligned_volatile_write##bytes(void* p) { emulator::hook(p, bytes, true); }
+using emulator::Access;
+#define EMULATOR_PC __builtin_return_address(0)
+#define EMULATOR_HOOKS_OF(bytes, unaligned)                           \
+  void __tsan_##unaligned##read##bytes(void* p) {                     \
+    emulator::hook(p, bytes, Access::kRead, "load", EMULATOR_PC);     \
+  }                                                                   \
+  void __tsan_##unaligned##write##bytes(void* p) {                    \
+    emulator::hook(p, bytes, Access::kWrite, "store", EMULATOR_PC);   \
+  }                                                                   \
+  void __tsan_##unaligned##volatile_read##bytes(void* p) {            \
+    emulator::volatile_hook(p, bytes, "volatile load", EMULATOR_PC);  \
+  }                                                                   \
+  void __tsan_##unaligned##volatile_write##bytes(void* p) {           \
+    emulator::volatile_hook(p, bytes, "volatile store", EMULATOR_PC); \
+  }
+#define EMULATOR_HOOKS(bytes) EMULATOR_HOOKS_OF(bytes, ) EMULATOR_HOOKS_OF(bytes, unaligned_)
 
 extern "C" {
 EMULATOR_HOOKS(1)
@@ -64,11 +90,23 @@ EMULATOR_HOOKS(2)
 EMULATOR_HOOKS(4)
 EMULATOR_HOOKS(8)
 EMULATOR_HOOKS(16)
-void __tsan_read_range(void* p, size_t bytes) { emulator::hook(p, bytes, false); }
-void __tsan_write_range(void* p, size_t bytes) { emulator::hook(p, bytes, true); }
+void __tsan_read_range(void* p, size_t bytes) {
+  emulator::hook(p, bytes, Access::kRead, "load", EMULATOR_PC);
+}
+void __tsan_write_range(void* p, size_t bytes) {
+  emulator::hook(p, bytes, Access::kWrite, "store", EMULATOR_PC);
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
+
+// -fsanitize=alignment calls this where a pointer isn't aligned to its type: a GPU would fault.
+void __ubsan_handle_type_mismatch_v1(const emulator::TypeMismatch* data, void* p) {
+  if (emulator::current == nullptr) return;
+  emulator::fail(emulator::Site{data->file, static_cast<int>(data->line)},
+                 "%p isn't aligned to the %d bytes of what is accessed there", p,
+                 1 << data->log_alignment);
+}
 }

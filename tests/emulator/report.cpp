@@ -1,5 +1,7 @@
 #include "report.h"
 
+#include <dlfcn.h>
+
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -9,6 +11,9 @@
 #include "block.h"
 
 namespace emulator {
+
+const void* plain_access_at;
+
 namespace {
 
 constexpr int kKeptOfAKind = 2;  // reports with one format: the first of them tells the story
@@ -16,17 +21,38 @@ constexpr size_t kKept = 8;
 
 std::vector<std::string> kept;
 std::map<std::string, int> count_of_kind;
+std::map<const void*, std::string> line_of_address;
 int count;
+
+// "file:line" of an address of code, as addr2line tells it.
+std::string line_of(const void* pc) {
+  Dl_info info;
+  if (pc == nullptr || dladdr(pc, &info) == 0) return "";
+  char command[1024], line[512] = "";
+  const auto offset = static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase) - 1;
+  std::snprintf(command, sizeof command, "addr2line -e '%s' 0x%tx 2>/dev/null", info.dli_fname,
+                offset);
+  if (FILE* pipe = popen(command, "r")) {
+    if (std::fgets(line, sizeof line, pipe) == nullptr) line[0] = '\0';
+    pclose(pipe);
+  }
+  line[std::strcspn(line, " \n")] = '\0';
+  return line;
+}
 
 void keep(Site site, const char* format, va_list arguments) {
   ++count;
-  const char* file = site.file == nullptr ? nullptr : std::strrchr(site.file, '/');
-  char where[256] = "";
+  if (kept.size() == kKept) return;
+  std::string where;
   if (site.file != nullptr) {
-    std::snprintf(where, sizeof where, " at %s:%d", file == nullptr ? site.file : file + 1,
-                  site.line);
+    where = std::string(site.file) + ":" + std::to_string(site.line);
+  } else if (current != nullptr && plain_access_at != nullptr) {
+    std::string& known = line_of_address[plain_access_at];
+    if (known.empty()) known = line_of(plain_access_at);
+    where = known;
   }
-  if (++count_of_kind[std::string(format) + where] > kKeptOfAKind || kept.size() == kKept) return;
+  if (const size_t slash = where.rfind('/'); slash != std::string::npos) where.erase(0, slash + 1);
+  if (++count_of_kind[format + where] > kKeptOfAKind) return;
   char text[2048];
   std::vsnprintf(text, sizeof text, format, arguments);
   std::string line = text;
@@ -37,7 +63,7 @@ void keep(Site site, const char* format, va_list arguments) {
                   ids.block.z, current->id);
     line = who + line;
   }
-  kept.push_back(line + where);
+  kept.push_back(where.empty() ? line : line + " at " + where);
 }
 
 }  // namespace

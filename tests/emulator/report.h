@@ -7,6 +7,9 @@
 
 namespace emulator {
 
+// Plain loads and stores have no Site, but an address of code, which the report finds the line of.
+extern const void* plain_access_at;
+
 // Of the running thread, which goes on. The same fault is kept a few times only.
 void report(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 

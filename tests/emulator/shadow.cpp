@@ -4,8 +4,11 @@
 
 namespace emulator {
 
-void Shadow::reset(size_t bytes) {
-  words_.assign((bytes + 3) / 4, Record());
+void Shadow::reset(const char* name, size_t bytes, bool written) {
+  name_ = name;
+  Record fresh;
+  fresh.written = written;
+  words_.assign((bytes + 3) / 4, fresh);
   bytes_.clear();
   readers_.clear();
 }
@@ -68,7 +71,8 @@ Shadow::Verdict Shadow::check(Record* r, Access access, const Observer& who) {
   Verdict verdict;
   if (r->copying != 0) {
     verdict = {Fault::kCopying, r->copying - 1};
-  } else if (r->writer != 0 && !who.knows(stamp_thread(r->writer), stamp_clock(r->writer))) {
+  } else if (r->writer != 0 && !(access == Access::kAtomic && r->atomic) &&
+             !who.knows(stamp_thread(r->writer), stamp_clock(r->writer))) {
     verdict = {Fault::kAfterWrite, stamp_thread(r->writer)};
   }
   if (access == Access::kRead) {
@@ -84,6 +88,7 @@ Shadow::Verdict Shadow::check(Record* r, Access access, const Observer& who) {
   enter_era(r, who.era);  // the readers matter no more
   r->writer = make_stamp(who.thread, who.clock);
   r->written = true;
+  r->atomic = access == Access::kAtomic;
   return verdict;
 }
 
@@ -125,20 +130,19 @@ void Shadow::access(size_t offset, size_t bytes, Access access, const Observer& 
     case Fault::kNone:
       break;
     case Fault::kCopying:
-      report(site,
-             "%s touches shared memory at %zu, where a cp.async of thread %d isn't waited for",
-             what, offset, verdict.other);
+      report(site, "%s touches byte %zu of %s, where a cp.async of thread %d isn't waited for",
+             what, offset, name_, verdict.other);
       break;
     case Fault::kUninitialised:
-      report(site, "%s reads shared memory at %zu, which nobody has written", what, offset);
+      report(site, "%s reads byte %zu of %s, which nobody has written", what, offset, name_);
       break;
     case Fault::kAfterWrite:
-      report(site, "race: %s at shared memory %zu isn't ordered after the write of thread %d", what,
-             offset, verdict.other);
+      report(site, "race: %s of byte %zu of %s isn't ordered after the write of thread %d", what,
+             offset, name_, verdict.other);
       break;
     case Fault::kAfterRead:
-      report(site, "race: %s at shared memory %zu isn't ordered after the read of thread %d", what,
-             offset, verdict.other);
+      report(site, "race: %s of byte %zu of %s isn't ordered after the read of thread %d", what,
+             offset, name_, verdict.other);
       break;
   }
 }

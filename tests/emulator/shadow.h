@@ -1,5 +1,5 @@
-// What is remembered of each 4-byte word of a block's shared memory: who wrote it, who has read it
-// since, whether a copy to it is in flight. An access that isn't ordered after those it conflicts
+// What is remembered of each 4-byte word of memory: who of a block wrote it, who has read it since,
+// whether a copy to it is in flight. An access that isn't ordered after those it conflicts
 // with is a race, whatever order this run happened to take.
 //
 // Where threads touch single bytes of a word (16-bit elements), each of its bytes gets a record.
@@ -34,24 +34,26 @@ struct Readers {
 };
 
 struct Record {
-  static constexpr int kReaders = 4;  // a tile is read by as many warps
-  uint32_t era = 0;                   // that of writer and readers
-  uint32_t writer = 0;                // stamp; 0: nobody in this era
-  uint32_t more = 0;                  // 1 + index of further readers; kSplit + index of bytes
-  uint16_t copying = 0;               // 1 + the thread whose copy to here is in flight
-  bool written = false;
+  static constexpr int kReaders = 4;     // a tile is read by as many warps
+  uint32_t era = 0;                      // that of writer and readers
+  uint32_t writer = 0;                   // stamp; 0: nobody in this era
+  uint32_t more = 0;                     // 1 + index of further readers; kSplit + index of bytes
+  uint16_t copying = 0;                  // 1 + the thread whose copy to here is in flight
+  bool written = false, atomic = false;  // ever; by the writer
   uint8_t readers = 0;
   Readers reader[kReaders];
 };
 
-enum class Access { kRead, kWrite };
+enum class Access { kRead, kWrite, kAtomic };
 
 class Shadow {
  public:
-  // A block begins with `bytes` of memory nobody has written.
-  void reset(size_t bytes);
+  // `bytes` of memory that reports call `name`. What nobody has written isn't to be read, unless
+  // `written`.
+  void reset(const char* name, size_t bytes, bool written);
 
-  // `what` accesses [offset, offset + bytes); reports races and reads of what nobody wrote.
+  // `what` accesses [offset, offset + bytes); reports races and reads of what nobody wrote. Atomics
+  // aren't ordered among each other.
   void access(size_t offset, size_t bytes, Access access, const Observer& who, const char* what,
               Site site);
   // The same as a write, which lasts until end_copy.
@@ -76,6 +78,7 @@ class Shadow {
   template <class Body>
   void for_each(size_t offset, size_t bytes, const Body& body);
 
+  const char* name_ = "";
   std::vector<Record> words_;
   std::vector<Bytes> bytes_;                   // of split words
   std::vector<std::vector<Readers>> readers_;  // beyond a record's own
