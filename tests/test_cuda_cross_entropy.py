@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import emulated
 import pytest
@@ -43,7 +44,13 @@ LONG = (
 
 if (reason := emulated.why_not()) is not None:
     pytest.skip(reason, allow_module_level=True)
-pytestmark = pytest.mark.usefixtures("emulator")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> Iterator[None]:
+    emulated.load()
+    yield
+    emulated.set_options("")
 
 
 def forward(
@@ -68,6 +75,11 @@ def backward(
 
 def problem(logits: list[list[float]], target: list[int], dtype: torch.dtype = torch.float32):
     return CrossEntropyProblem(torch.tensor(logits).to(dtype), torch.tensor(target))
+
+
+def copy_of(logits: Tensor) -> Tensor:
+    """Of the same strides: a row's alignment decides which thread adds up what."""
+    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype).copy_(logits)
 
 
 def check(p: CrossEntropyProblem) -> None:
@@ -104,10 +116,10 @@ def test_the_gradient_may_take_the_logits_place(case: CrossEntropyCase, dtype: t
         assert torch.equal(x, y)
     assert torch.equal(fused, expected)
 
-    in_place = p._replace(logits=p.logits.clone())
+    in_place = p._replace(logits=copy_of(p.logits))
     forward(in_place, dloss, in_place.logits)
     assert torch.equal(in_place.logits, expected)
-    in_place = p._replace(logits=p.logits.clone())
+    in_place = p._replace(logits=copy_of(p.logits))
     backward(in_place, lse, dloss, dlogits=in_place.logits)
     assert torch.equal(in_place.logits, expected)
 
@@ -146,12 +158,12 @@ def expected_of_ones(p: CrossEntropyProblem) -> tuple[Results, Results]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", (CE_CASES[0], STEPS[-1], CE_CASES[6], CE_CASES[18]), ids=str)
-def test_schedules_change_no_bit(case: CrossEntropyCase, dtype: torch.dtype, emulator) -> None:
+@pytest.mark.parametrize("case", (CE_CASES[0], STEPS[-1], CE_CASES[14]), ids=str)
+def test_schedules_change_no_bit(case: CrossEntropyCase, dtype: torch.dtype) -> None:
     p = make_cross_entropy_problem(case, dtype)
     dloss, results = torch.tensor(0.25), []
     for seed in range(4):
-        emulator(f"seed={seed}")
+        emulated.set_options(f"seed={seed}")
         loss, lse = forward(p)
         results.append((loss, lse, backward(p, lse, dloss)))
     for other in results[1:]:

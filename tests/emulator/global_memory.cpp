@@ -20,6 +20,7 @@ struct Buffer {
   int64_t launch = 0;  // that the shadow belongs to
   GlobalShadow shadow;
 };
+// Writable ones first: where an output takes an input's place, accesses are accesses to the output.
 std::vector<Buffer> buffers;
 size_t last_hit;
 int64_t launches;
@@ -29,7 +30,9 @@ Buffer* find(uintptr_t p, size_t bytes) {
   const auto holds = [=](const Buffer& b) {
     return p - b.begin < b.bytes && p - b.begin + bytes <= b.bytes;
   };
-  if (last_hit < buffers.size() && holds(buffers[last_hit])) return &buffers[last_hit];
+  if (last_hit < buffers.size() && buffers[last_hit].writable && holds(buffers[last_hit])) {
+    return &buffers[last_hit];
+  }
   for (size_t i = 0; i < buffers.size(); ++i) {
     if (holds(buffers[i])) {
       last_hit = i;
@@ -91,12 +94,14 @@ void begin_global_launch() {
 extern "C" void emulator_add_buffer(const void* address, int64_t bytes, const char* name,
                                     int writable) {
   if (bytes > 0) {
-    emulator::buffers.push_back({reinterpret_cast<uintptr_t>(address),
-                                 static_cast<size_t>(bytes),
-                                 name,
-                                 writable != 0,
-                                 0,
-                                 {}});
+    auto& buffers = emulator::buffers;
+    buffers.insert(writable ? buffers.begin() : buffers.end(),
+                   {reinterpret_cast<uintptr_t>(address),
+                    static_cast<size_t>(bytes),
+                    name,
+                    writable != 0,
+                    0,
+                    {}});
   }
 }
 
