@@ -9,7 +9,7 @@ FORMATTED := $(VENV)/bin/clang-format --style=file $(CSRC) $(wildcard tests/emul
 
 .PHONY: setup build demo test test-all lint format sanitize bench clean
 
-demo: setup
+demo: $(VENV)/.installed
 	$(VENV)/bin/fastattn demo
 
 test: setup
@@ -29,7 +29,7 @@ format: setup
 	$(VENV)/bin/ruff format .
 	$(FORMATTED) -i
 
-bench: setup
+bench: $(VENV)/.installed
 	$(PY) -m benchmarks.bench_cpu
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; Python isn't instrumented, so their runtime is preloaded.
@@ -40,18 +40,22 @@ sanitize: setup
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest -m "not slow and not gpu" $(wildcard tests/test_attention*.py tests/test_cpu_*.py tests/test_decode.py tests/test_losses.py)
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed $(VENV)/.tools
 
 $(VENV)/.dependencies: constraints.txt
 	@command -v $(CXX) >/dev/null || { \
 	  echo "fastattn needs a C++17 compiler and found no $(CXX): install g++ (Debian, Ubuntu: apt install g++) or set CXX."; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("fastattn is tested on Python 3.10 to 3.13, this is %d.%d: set PYTHON." % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch numpy setuptools ninja
+	$(PIP) --upgrade pip torch numpy setuptools ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.dependencies pyproject.toml setup.py csrc/cuda/nvcc.py $(CSRC)
-	$(PIP) --no-build-isolation --editable '.[train,bench,dev]'
+	$(PIP) --no-build-isolation --editable '.[train,bench]'
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.dependencies pyproject.toml # what tests and checks need besides: the demo does without
+	$(PIP) --group dev
 	@touch $@
 
 build: $(VENV)/.dependencies # incremental, for working on csrc/

@@ -84,3 +84,54 @@ def gradient_function(compute: Callable) -> type[FusedFunction]:
             raise RuntimeError(NO_SECOND_BACKWARD)
 
     return Gradient
+
+
+def scalar_loss_function(compute: Callable, leaves: int) -> type[FusedFunction]:
+    """`compute(*args)` → (loss, *gradients) as a Function of the first `leaves` arguments.
+
+    The loss is a scalar; the gradients, one for each leaf, are computed along with it. The first
+    backward pass hands them over. A later one, through a retained graph, computes them anew: the
+    first ones belong to whoever got them.
+    """
+
+    class ScalarLoss(FusedFunction):
+        @staticmethod
+        def forward(*args):
+            return compute(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
+            ctx.plain = [None if isinstance(a, Tensor) else a for a in inputs]
+            ctx.gradients = output[1:]
+
+        @staticmethod
+        def backward(ctx, dloss, *_):
+            if dloss is None:
+                return (None,) * len(ctx.plain)
+            tensors, gradients, ctx.gradients = ctx.saved_tensors, ctx.gradients, None
+            if gradients is None:
+                args = (b if a is None else a for a, b in zip(tensors, ctx.plain, strict=True))
+                gradients = compute(*args)[1:]
+            scaled = _scale(dloss, tensors[:leaves], gradients)
+            wanted = zip(scaled, ctx.needs_input_grad, strict=False)
+            return *(g if w else None for g, w in wanted), *(None,) * (len(tensors) - leaves)
+
+    return ScalarLoss
+
+
+def _scale(dloss: Tensor, leaves: tuple, gradients: tuple) -> tuple:
+    """Gradients of a loss that are no one else's, times the loss's own, in the leaves' dtypes."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
+        gradients = Scaled.run(dloss, *leaves, *gradients)
+    elif dloss.device.type != "cpu" or dloss.item() != 1:  # elsewhere item() would wait
+        gradients = tuple(g.mul_(dloss) for g in gradients)
+    return tuple(
+        g if leaf is None else g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)
+    )
+
+
+# Of the loss's gradient and, for the sake of a second backward, which must raise, the leaves too.
+Scaled = gradient_function(lambda dloss, *rest: tuple(g * dloss for g in rest[len(rest) // 2 :]))

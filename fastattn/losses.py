@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import chunked_loss, reference, validate
 from .attention import autocast
-from .autograd import FusedFunction, gradient_function, wants_gradient
+from .autograd import FusedFunction, gradient_function, scalar_loss_function, wants_gradient
 from .backends import requested
 from .problem import CrossEntropyProblem, LinearCrossEntropyProblem, last_stride_one
 
@@ -36,6 +36,9 @@ def cross_entropy(
 ):
     """`torch.nn.functional.cross_entropy` for class indices, in one pass over the logits.
 
+    For "mean" and "sum" without `return_lse` the gradient is computed along with the loss, and held
+    until the backward pass.
+
     Args:
         input: (…, V) logits, float16, bfloat16, float32 (float64: reference). The class is the last
             dimension.
@@ -47,9 +50,10 @@ def cross_entropy(
         z_loss: adds z_loss · lse² to each row's loss (not multiplied by the class weight).
         softcap: if > 0, logits become softcap · tanh(logits / softcap).
         return_lse: also return the rows' log-sum-exp (…), fp32, differentiable.
-        inplace: where a gradient will be wanted, compute it in the forward pass and leave it in the
-            logits' memory: `input` is overwritten, and there is one backward pass. Needs reduction
-            "mean" or "sum" and no `return_lse`. No effect on the reference or under torch.compile.
+        inplace: where a gradient will be wanted, leave it in the logits' memory: `input` is
+            overwritten in the forward pass, and there is one backward pass. Needs reduction "mean"
+            or "sum" and no `return_lse`. No effect on the reference or under torch.compile. Not for
+            float16 with a loss scale: gradients are rounded before it can lift them.
 
     Returns:
         The loss in fp32: a scalar, or (…) for reduction "none". Ignored rows have loss 0 and
@@ -81,6 +85,8 @@ def cross_entropy(
     elif inplace and wants_gradient(input) and not torch.compiler.is_compiling():
         _check_overwritable(input, logits)
         return CrossEntropyInplaceFunction.apply(*p, scale, name)
+    elif scale is not None and not return_lse and wants_gradient(input) and _has_range(input):
+        return CrossEntropyScalarFunction.run(*p, scale, name)[0]
     else:
         loss, lse = CrossEntropyFunction.run(*p, name)
     reduced = loss.view(shape) if scale is None else loss.sum() * scale
@@ -267,6 +273,11 @@ def _check_overwritable(input: Tensor, logits: Tensor) -> None:
         )
 
 
+def _has_range(logits: Tensor) -> bool:
+    """Gradients rounded to this dtype may be scaled afterwards: float16's would have vanished."""
+    return logits.dtype != torch.float16
+
+
 def _row_scale(target: Tensor, reduction: str, options: dict, dtype: torch.dtype) -> Tensor:
     """(): the factor of each row's loss. Over no valid row a mean's is inf, and 0 · inf is NaN."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -283,7 +294,7 @@ def _row_scale(target: Tensor, reduction: str, options: dict, dtype: torch.dtype
 
 
 class CrossEntropyFunction(FusedFunction):
-    """(loss, lse) rows; the gradient is made in the backward pass, in fresh memory."""
+    """(loss, lse) rows; the gradient is made in the backward pass."""
 
     @staticmethod
     def forward(*args):
@@ -359,38 +370,15 @@ class LinearCrossEntropyFunction(FusedFunction):
         return dx, dw, dbias if tensors[2] is not None else None, *(None,) * 8
 
 
-class LinearCrossEntropyScalarFunction(FusedFunction):
-    """The reduced loss and, computed along with it, the gradients that are wanted."""
-
-    @staticmethod
-    def forward(*args):
-        return torch.ops.fastattn.linear_cross_entropy_fwd_bwd(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *_, want_dx, want_dw, want_dbias, _, _ = inputs
-        ctx.wanted = (want_dx, want_dw, want_dbias)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*inputs[:3], *output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dloss, *_):
-        gradients = (None,) * 3
-        if dloss is not None:
-            gradients = ScaledGradients.run(dloss, *ctx.saved_tensors)
-        kept = (g if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
-        return *kept, *(None,) * 12
+def _loss_and_gradient(*args):
+    """The reduced loss of (*problem, scale, backend), and its gradient."""
+    loss, dlogits = torch.ops.fastattn.cross_entropy_fwd_bwd(*args)
+    return loss.sum() * args[-2], dlogits
 
 
-def _scaled(dloss, x, linear_weight, linear_bias, *gradients):
-    """The saved gradients times the loss's own. Out of place: the graph may be walked again."""
-    on_host = dloss.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not on_host or dloss.item() != 1:  # it is 1 if the loss is the graph's last node
-        gradients = tuple(g * dloss for g in gradients)
-    return tuple(g.to(x.dtype) for g in gradients)  # x, linear_weight and linear_bias share one
-
-
+CrossEntropyScalarFunction = scalar_loss_function(_loss_and_gradient, leaves=1)
+LinearCrossEntropyScalarFunction = scalar_loss_function(
+    lambda *args: torch.ops.fastattn.linear_cross_entropy_fwd_bwd(*args), leaves=3
+)
 CrossEntropyGradient = gradient_function(torch.ops.fastattn.cross_entropy_bwd)
 LinearCrossEntropyGradient = gradient_function(torch.ops.fastattn.linear_cross_entropy_bwd)
-ScaledGradients = gradient_function(_scaled)

@@ -139,6 +139,14 @@ def _cross_entropy_bwd(*args):
     return backends.choose(p, backend).cross_entropy_bwd(p, lse, dloss, dlse)
 
 
+def _cross_entropy_fwd_bwd(*args):
+    p, (dloss, backend) = _split(CrossEntropyProblem, args)
+    validate.targets(p.target, p.logits.shape[1], p.ignore_index)
+    dlogits = p.logits.new_empty(p.logits.shape)
+    loss, _ = backends.choose(p, backend).cross_entropy_fwd(p, dloss, dlogits)
+    return loss, dlogits
+
+
 def _cross_entropy_fwd_bwd_(*args):
     p, (dloss, backend) = _split(CrossEntropyProblem, args)
     validate.targets(p.target, p.logits.shape[1], p.ignore_index)
@@ -163,7 +171,14 @@ _define(
     _cross_entropy_bwd,
     lambda logits, *_: logits.new_empty(logits.shape),
 )
-# One pass: loss and lse, and the gradient dloss · ∂loss left in the logits' own buffer.
+# One pass: the loss, and the gradient dloss · ∂loss.
+_define(
+    "cross_entropy_fwd_bwd",
+    f"(Tensor logits, {_CE_OPTIONS}, Tensor dloss, str? backend) -> (Tensor loss, Tensor dlogits)",
+    _cross_entropy_fwd_bwd,
+    lambda logits, *_: (_loss_and_lse_fake(logits)[0], logits.new_empty(logits.shape)),
+)
+# The same, the gradient left in the logits' own buffer.
 _define(
     "cross_entropy_fwd_bwd_",
     f"(Tensor(a!) logits, {_CE_OPTIONS}, Tensor dloss, str? backend) -> (Tensor loss, Tensor lse)",

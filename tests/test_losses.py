@@ -271,6 +271,29 @@ def test_inplace_leaves_the_gradient_in_the_logits(
         assert torch.equal(z.detach(), leaf.grad)
 
 
+@pytest.mark.parametrize("name", losses(None))
+def test_gradients_survive_what_is_done_to_those_of_a_backward_before(name: str) -> None:
+    z = torch.randn(6, VOCAB, requires_grad=True)
+    loss = losses(None)[name](z)
+    loss.backward(retain_graph=True)
+    before = z.grad.clone()
+    z.grad.zero_()
+    loss.backward()
+    assert torch.equal(z.grad, before)
+
+
+@pytest.mark.parametrize("dtype", public.KERNEL_DTYPES, ids=public.name_of)
+def test_loss_scale_lifts_gradients_that_float16_would_lose(dtype: torch.dtype) -> None:
+    z = torch.randn(4096, 64, dtype=dtype, requires_grad=True)
+    target = torch.randint(64, (4096,))
+    (fastattn.cross_entropy(z, target) * 2.0**16).backward()
+    expected = z.detach().double().requires_grad_()
+    (torch.nn.functional.cross_entropy(expected, target) * 2.0**16).backward()
+    torch.testing.assert_close(
+        z.grad.double(), expected.grad, rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=0
+    )
+
+
 def test_inplace_has_one_backward() -> None:
     z = torch.randn(6, VOCAB, requires_grad=True)
     loss = fastattn.cross_entropy(z * 1.0, torch.arange(6), inplace=True)

@@ -78,6 +78,7 @@ def test_opcheck_cross_entropy(backend: str, case: Any, dtype: torch.dtype) -> N
     opcheck(ops.cross_entropy_fwd.default, (*p, backend), test_utils=UTILS)
     opcheck(ops.cross_entropy_bwd.default, (*p, lse, rows, rows, backend), test_utils=UTILS)
     scale = torch.tensor(0.5)
+    opcheck(ops.cross_entropy_fwd_bwd.default, (*p, scale, backend), test_utils=UTILS)
     opcheck(ops.cross_entropy_fwd_bwd_.default, (*p, scale, backend), test_utils=UTILS)
 
 
@@ -103,7 +104,8 @@ def test_every_operator_is_checked() -> None:
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastattn::")
     }
     losses = {"cross_entropy_fwd", "cross_entropy_bwd", "linear_cross_entropy_fwd"}
-    losses |= {"cross_entropy_fwd_bwd_", "linear_cross_entropy_bwd", "linear_cross_entropy_fwd_bwd"}
+    losses |= {"cross_entropy_fwd_bwd", "cross_entropy_fwd_bwd_"}
+    losses |= {"linear_cross_entropy_bwd", "linear_cross_entropy_fwd_bwd"}
     assert names == {f"fastattn::{n}" for n in losses | {"attn_fwd", "attn_bwd", "attn_decode"}}
 
 

@@ -19,8 +19,8 @@ OUTPUT = ROOT / "build" / "emulator"
 
 CXX = os.environ.get("CXX", "g++")
 COMMON = ["-std=c++17", "-fPIC", "-g1", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra"]
-# The run time has no instrumentation. Its mma is worth the machine's vector instructions.
-RUNTIME = [*COMMON, "-O2", "-ftree-vectorize", "-march=native"]
+# The emulator's mma is worth the machine's vector instructions.
+HOST = [*COMMON, "-O2", "-ftree-vectorize", "-march=native"]
 # Of kernels every load and store outside of registers calls a hook of ours (hooks.cpp), and one
 # that is misaligned another; the sanitizers' own run times would come in when linking.
 KERNEL = [
@@ -42,17 +42,17 @@ def build(
     sources: Iterable[Path | str],
     extra_flags: Sequence[str] = (),
     link_flags: Sequence[str] = (),
+    emulator_flags: Sequence[str] = (),
 ) -> Path:
     """The shared library of these sources and the emulator, compiled where anything has changed.
 
     `.cu` files hold kernels and are instrumented; others (`.cpp`) are host code that isn't.
-    `extra_flags` go to every compilation, the emulator's included.
+    `extra_flags` go to the compilation of the sources, `emulator_flags` to the emulator's.
     """
-    objects = []
-    for source in map(Path, [*sources, *sorted(HERE.glob("*.cpp"))]):
-        source = source if source.is_absolute() else ROOT / source
-        flags = KERNEL if source.suffix == ".cu" else RUNTIME
-        objects.append(_compile(source, [*flags, *extra_flags]))
+    objects = [_compile(HERE / "emulator.cpp", [*HOST, *emulator_flags])]
+    for source in sources:
+        flags = KERNEL if Path(source).suffix == ".cu" else HOST
+        objects.append(_compile(ROOT / source, [*flags, *extra_flags]))
     library = OUTPUT / f"lib{name}.so"
     # -Bsymbolic: of two such libraries in one process each keeps to its own emulator.
     command = [CXX, "-shared", "-Wl,-Bsymbolic", "-o", str(library), *map(str, objects), "-ldl"]

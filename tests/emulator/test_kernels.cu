@@ -1,42 +1,442 @@
-// Small kernels, one for each thing the emulator does or finds. tests/test_emulator.py calls them.
-#include <cstdio>
+// Small kernels, one for each thing the emulator does or finds. tests/test_emulator.py runs them by
+// name and says what must come out.
+#include <cstring>
+
 #include "launch.cuh"
 #include "ptx.cuh"
 
 namespace fastattn::cuda {
 namespace {
 
-struct MmaParams {
-  const uint16_t *a, *b;  // (16, 16), (8, 16): b is transposed
-  float* d;               // (16, 8)
-};
+constexpr unsigned kAll = 0xffffffffu;
 
+struct Arguments {
+  void* pointer[4];
+  int number[4];
+};
+template <class T>
+FASTATTN_DEVICE T* pointer(const Arguments& a, int i) {
+  return static_cast<T*>(a.pointer[i]);
+}
+
+// --- semantics -----------------------------------------------------------------------------------
+
+// out: (blocks · threads, 12)
+__global__ void indices(const __grid_constant__ Arguments a) {
+  const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  int* out = pointer<int>(a, 0) + 12 * (block * blockDim.x + threadIdx.x);
+  const dim3 all[4] = {threadIdx, blockIdx, blockDim, gridDim};
+  for (int i = 0; i < 4; ++i) {
+    out[3 * i] = static_cast<int>(all[i].x);
+    out[3 * i + 1] = static_cast<int>(all[i].y);
+    out[3 * i + 2] = static_cast<int>(all[i].z);
+  }
+}
+
+// in: (32) lanes' operands; out: (4, 32) lanes read from by idx, up, down, xor of width number[0]
+__global__ void shuffles(const __grid_constant__ Arguments a) {
+  const int lane = threadIdx.x, operand = pointer<int>(a, 0)[lane], width = a.number[0];
+  int* out = pointer<int>(a, 1) + lane;
+  out[0] = __shfl_sync(kAll, lane, operand, width);
+  out[32] = __shfl_up_sync(kAll, lane, operand, width);
+  out[64] = __shfl_down_sync(kAll, lane, operand, width);
+  out[96] = __shfl_xor_sync(kAll, lane, operand, width);
+}
+
+// in: (32) of 8 bytes; out: the same from the lane opposite
+__global__ void shuffle_double(const __grid_constant__ Arguments a) {
+  const int lane = threadIdx.x;
+  pointer<double>(a, 1)[lane] = __shfl_xor_sync(kAll, pointer<double>(a, 0)[lane], 31);
+}
+
+// in: (32); out: (3, 32) ballot, any, all
+__global__ void votes(const __grid_constant__ Arguments a) {
+  const int lane = threadIdx.x, x = pointer<int>(a, 0)[lane];
+  int* out = pointer<int>(a, 1) + lane;
+  out[0] = static_cast<int>(__ballot_sync(kAll, x));
+  out[32] = __any_sync(kAll, x);
+  out[64] = __all_sync(kAll, x);
+}
+
+// in: (4, 8, 8) of 16 bits; out: (2, 4, 32) registers of ldmatrix_x4 and its transpose
+__global__ void ldmatrix(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  const int lane = threadIdx.x;
+  auto* row = reinterpret_cast<uint4*>(shared) + lane;
+  *row = pointer<uint4>(a, 0)[lane];
+  __syncwarp();
+  uint32_t r[4];
+  for (int transposed = 0; transposed < 2; ++transposed) {
+    if (transposed) {
+      ptx::ldmatrix_x4_trans(r, row);
+    } else {
+      ptx::ldmatrix_x4(r, row);
+    }
+    for (int i = 0; i < 4; ++i) pointer<uint32_t>(a, 1)[(transposed * 4 + i) * 32 + lane] = r[i];
+  }
+}
+
+// a: (16, 16), b: (8, 16), b's transpose that is; d: (16, 8) fp32, added to
 template <class Element>
-__global__ void __launch_bounds__(32) mma_k16(const __grid_constant__ MmaParams p) {
+__global__ void mma_k16(const __grid_constant__ Arguments p) {
   FASTATTN_SHARED(shared);
   auto* sA = reinterpret_cast<uint16_t*>(shared);
   auto* sB = sA + 256;
   const int lane = threadIdx.x;
-  ptx::cp_async_16(sA + 8 * lane, p.a + 8 * lane, 16);
-  if (lane < 16) ptx::cp_async_16(sB + 8 * lane, p.b + 8 * lane, 16);
+  ptx::cp_async_16(sA + 8 * lane, pointer<uint16_t>(p, 0) + 8 * lane, 16);
+  if (lane < 16) ptx::cp_async_16(sB + 8 * lane, pointer<uint16_t>(p, 1) + 8 * lane, 16);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
   uint32_t a[4], b[4];
-  float d[4] = {};
+  float d[4];
+  float* out[4];
+  for (int i = 0; i < 4; ++i) {
+    out[i] = pointer<float>(p, 2) + (lane / 4 + i / 2 * 8) * 8 + 2 * (lane % 4) + i % 2;
+    d[i] = *out[i];
+  }
   ptx::ldmatrix_x4(a, sA + lane % 16 * 16 + lane / 16 * 8);
   ptx::ldmatrix_x4(b, sB + lane % 8 * 16 + lane / 8 % 2 * 8);
   ptx::mma_m16n8k16(d, a, b[0], b[1], Element{});
-  for (int i = 0; i < 4; ++i) p.d[(lane / 4 + i / 2 * 8) * 8 + 2 * (lane % 4) + i % 2] = d[i];
+  for (int i = 0; i < 4; ++i) *out[i] = d[i];
 }
+
+// The same with a (16, 8) and b (8, 8), fragments from global memory.
+__global__ void mma_k8(const __grid_constant__ Arguments p) {
+  const int lane = threadIdx.x, group = lane / 4, t = lane % 4;
+  const auto* a = pointer<uint32_t>(p, 0) + t;  // a row is 4 pairs
+  float d[4];
+  float* out[4];
+  for (int i = 0; i < 4; ++i) {
+    out[i] = pointer<float>(p, 2) + (group + i / 2 * 8) * 8 + 2 * t + i % 2;
+    d[i] = *out[i];
+  }
+  ptx::mma_m16n8k8(d, a[4 * group], a[4 * (group + 8)], pointer<uint32_t>(p, 1)[4 * group + t],
+                   fp16{});
+  for (int i = 0; i < 4; ++i) *out[i] = d[i];
+}
+
+// in: fp32 (n); out: bf16 and fp16 (n) of them, two by two, and back to fp32
+__global__ void conversions(const __grid_constant__ Arguments a) {
+  const int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= a.number[0]) return;
+  const float* x = pointer<float>(a, 0) + i;
+  pointer<uint32_t>(a, 1)[i / 2] = ptx::pack(x[0], x[1], bf16{});
+  const uint32_t halves = ptx::pack(x[0], x[1], fp16{});
+  pointer<uint32_t>(a, 2)[i / 2] = halves;
+  pointer<float>(a, 3)[i] = ptx::to_float(fp16{static_cast<uint16_t>(halves)});
+  pointer<float>(a, 3)[i + 1] = ptx::to_float(fp16{static_cast<uint16_t>(halves >> 16)});
+}
+
+// in: fp32 (32); out: (2, 32) 2^x, log2 x
+__global__ void exponentials(const __grid_constant__ Arguments a) {
+  const int lane = threadIdx.x;
+  const float x = pointer<float>(a, 0)[lane];
+  pointer<float>(a, 1)[lane] = ptx::ex2(x);
+  pointer<float>(a, 1)[32 + lane] = ptx::lg2(x);
+}
+
+// in: bytes (17 · 16); out: the same through shared memory, the first n bytes of row n
+__global__ void copy_bytes(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  const int row = threadIdx.x;
+  if (row > 16) return;
+  ptx::cp_async_16(shared + 16 * row, pointer<unsigned char>(a, 0) + 16 * row, row);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  for (int i = 0; i < 16; ++i) {
+    pointer<unsigned char>(a, 1)[16 * row + i] = shared[16 * row + i];
+  }
+}
+
+// Groups complete in order: in (3, 32) floats through three groups, of which number[0] may be open.
+__global__ void copy_groups(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  auto* s = reinterpret_cast<float4*>(shared) + threadIdx.x;
+  if (threadIdx.x < 8) {
+    for (int i = 0; i < 3; ++i) {
+      ptx::cp_async_16(s + 8 * i, pointer<float4>(a, 0) + 8 * i + threadIdx.x, 16);
+      ptx::cp_async_commit();
+    }
+    ptx::cp_async_wait<1>();
+    for (int i = 0; i < 3 - a.number[0]; ++i) pointer<float4>(a, 1)[8 * i + threadIdx.x] = s[8 * i];
+    ptx::cp_async_wait<0>();
+  }
+}
+
+// out: float, int, unsigned, unsigned long long sums, maximum, exchanged, compared
+__global__ void atomics(const __grid_constant__ Arguments a) {
+  auto* out = pointer<unsigned long long>(a, 0);
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  atomicAdd(reinterpret_cast<float*>(out), 0.5f);
+  atomicAdd(reinterpret_cast<int*>(out + 1), -i);
+  atomicAdd(reinterpret_cast<unsigned*>(out + 2), static_cast<unsigned>(i));
+  atomicAdd(out + 3, 1ull << 33);
+  atomicMax(reinterpret_cast<int*>(out + 4), i);
+  if (i == 0) atomicExch(reinterpret_cast<unsigned*>(out + 5), 7u);
+  atomicCAS(reinterpret_cast<unsigned*>(out + 6), 0u, static_cast<unsigned>(i + 1));
+}
+
+// Sums (blocks, threads) floats per block through shared memory: out (blocks).
+__global__ void block_sums(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  auto* s = reinterpret_cast<float*>(shared);
+  const int i = threadIdx.x;
+  float sum = pointer<float>(a, 0)[blockIdx.x * blockDim.x + i];
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAll, sum, lanes);
+  if (i % 32 == 0) s[i / 32] = sum;
+  __syncthreads();
+  if (i == 0) {
+    for (unsigned w = 1; w < blockDim.x / 32; ++w) sum += s[w];
+    pointer<float>(a, 1)[blockIdx.x] = sum;
+  }
+}
+
+// --- order within a block ------------------------------------------------------------------------
+
+// number[0]: 0 as it should be; what is left out otherwise
+enum Missing { kNothing, kBarrierAfterWrite, kBarrierBeforeRewrite };
+
+// out[i] = i + 1, then again i + 2, each written to shared memory by the thread's neighbour
+__global__ void neighbours(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  auto* s = reinterpret_cast<int*>(shared);
+  const int i = threadIdx.x, n = blockDim.x;
+  for (int round = 1; round < 3; ++round) {
+    s[(i + 1) % n] = (i + 1) % n + round;
+    if (a.number[0] != kBarrierAfterWrite) __syncthreads();
+    pointer<int>(a, 0)[i] = s[i];
+    if (a.number[0] != kBarrierBeforeRewrite) __syncthreads();
+  }
+}
+
+// The same within warps, ordered by __syncwarp.
+__global__ void lanes(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  auto* s = reinterpret_cast<int*>(shared);
+  const int i = threadIdx.x;
+  for (int round = 1; round < 3; ++round) {
+    s[i ^ 1] = (i ^ 1) + round;
+    if (a.number[0] != kBarrierAfterWrite) __syncwarp();
+    pointer<int>(a, 0)[i] = s[i];
+    if (a.number[0] != kBarrierBeforeRewrite) __syncwarp();
+  }
+}
+
+// Threads write single 16-bit elements of words that they share; then each reads four.
+__global__ void halves(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  auto* s = reinterpret_cast<uint16_t*>(shared);
+  const int i = threadIdx.x;
+  s[i] = static_cast<uint16_t>(i);
+  if (a.number[0] != kBarrierAfterWrite) __syncthreads();
+  if (i < 8) pointer<uint2>(a, 0)[i] = reinterpret_cast<uint2*>(s)[i];
+}
+
+// Two threads write the same word.
+__global__ void both_write(const __grid_constant__ Arguments) {
+  FASTATTN_SHARED(shared);
+  if (threadIdx.x % 32 == 0) reinterpret_cast<int*>(shared)[0] = 1;
+}
+
+__global__ void atomics_on_shared(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  auto* s = reinterpret_cast<int*>(shared);
+  if (threadIdx.x == 0) *s = 0;
+  __syncthreads();
+  atomicAdd(s, 1);
+  if (a.number[0] != kBarrierAfterWrite) __syncthreads();
+  if (threadIdx.x == 0) pointer<int>(a, 0)[0] = *s;
+}
+
+// What is left out, bit by bit: the wait, the barrier behind it.
+__global__ void copy_and_read(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  const int i = threadIdx.x;
+  ptx::cp_async_16(shared + 16 * i, pointer<uint4>(a, 0) + i, 16);
+  ptx::cp_async_commit();
+  if ((a.number[0] & 1) == 0) ptx::cp_async_wait<0>();
+  if ((a.number[0] & 2) == 0) __syncthreads();
+  const int other = a.number[1] ? i ^ 32 : i;
+  pointer<uint4>(a, 1)[other] = reinterpret_cast<uint4*>(shared)[other];
+  ptx::cp_async_wait<0>();
+}
+
+__global__ void read_unwritten(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  pointer<float>(a, 0)[threadIdx.x] = reinterpret_cast<float*>(shared)[threadIdx.x];
+}
+
+// --- bounds --------------------------------------------------------------------------------------
+
+// Thread 5 reads in[number[0]] and writes out[number[1]].
+__global__ void read_and_write(const __grid_constant__ Arguments a) {
+  if (threadIdx.x == 5) pointer<float>(a, 1)[a.number[1]] = pointer<float>(a, 0)[a.number[0]];
+}
+__global__ void copy_from(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  if (threadIdx.x == 5) {
+    ptx::cp_async_16(shared + a.number[1], pointer<unsigned char>(a, 0) + a.number[0], a.number[2]);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+  }
+}
+__global__ void write_shared(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  reinterpret_cast<float*>(shared)[a.number[0]] = 1;
+}
+__global__ void misaligned(const __grid_constant__ Arguments a) {
+  if (threadIdx.x != 0) return;
+  pointer<uint4>(a, 1)[0] =
+      *reinterpret_cast<const uint4*>(pointer<unsigned char>(a, 0) + a.number[0]);
+}
+__global__ void misaligned_row(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  uint32_t r[4];
+  ptx::ldmatrix_x4(r, shared + a.number[0]);
+}
+
+// --- lanes and warps that don't meet -------------------------------------------------------------
+
+__global__ void barrier_in_a_branch(const __grid_constant__ Arguments) {
+  if (threadIdx.x < 16) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+}
+__global__ void different_shuffles(const __grid_constant__ Arguments a) {
+  int x = threadIdx.x;
+  if (x < 16) {
+    x = __shfl_xor_sync(kAll, x, 1);
+  } else {
+    x = __shfl_xor_sync(kAll, x, 2);
+  }
+  pointer<int>(a, 0)[threadIdx.x] = x;
+}
+__global__ void shuffle_of_the_living(const __grid_constant__ Arguments a) {
+  if (threadIdx.x >= 16) return;
+  pointer<int>(a, 0)[threadIdx.x] = __shfl_xor_sync(kAll, 1, 1);
+}
+__global__ void part_of_a_mask(const __grid_constant__ Arguments a) {
+  pointer<int>(a, 0)[threadIdx.x] = __shfl_xor_sync(0xffffu, 1, 1);
+}
+// Warp 1 leaves; the barrier waits for the others only, as on a GPU.
+__global__ void barrier_of_the_living(const __grid_constant__ Arguments a) {
+  if (threadIdx.x / 32 == 1) return;
+  __syncthreads();
+  pointer<int>(a, 0)[threadIdx.x] = 1;
+}
+
+// --- order between blocks ------------------------------------------------------------------------
+
+// Every block writes out[blockIdx.x / number[0]].
+__global__ void blocks_write(const __grid_constant__ Arguments a) {
+  if (threadIdx.x == 0) pointer<int>(a, 0)[blockIdx.x / a.number[0]] = 1;
+}
+// Block 0 writes what block 1 reads.
+__global__ void blocks_read(const __grid_constant__ Arguments a) {
+  if (threadIdx.x != 0) return;
+  int* p = pointer<int>(a, 0);
+  if (blockIdx.x == 0) {
+    p[0] = 1;
+  } else {
+    p[1] = p[0];
+  }
+}
+
+// Each block writes its part (blocks, threads), the last one to count itself sums them up: out (1).
+// number[0]: 1 without the first fence, 2 without the second.
+__global__ void last_block_sums(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  auto* last = reinterpret_cast<int*>(shared);
+  int* parts = pointer<int>(a, 0);
+  const int i = threadIdx.x;
+  parts[blockIdx.x * blockDim.x + i] = i;
+  if (a.number[0] != 1) __threadfence();
+  __syncthreads();
+  if (i == 0) *last = atomicAdd(pointer<unsigned>(a, 1), 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!*last) return;
+  if (a.number[0] != 2) __threadfence();
+  int sum = 0;
+  for (unsigned b = 0; b < gridDim.x; ++b) sum += parts[b * blockDim.x + i];
+  atomicAdd(pointer<int>(a, 2), sum);
+}
+
+// Block b waits for block b + 1 to have raised its flag.
+__global__ void wait_for_the_next(const __grid_constant__ Arguments a) {
+  auto* flags = pointer<unsigned>(a, 0);
+  int* values = pointer<int>(a, 1);
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x + 1 < gridDim.x) {
+    while (atomicAdd(flags + blockIdx.x + 1, 0u) == 0) __nanosleep(20);
+    __threadfence();
+    values[blockIdx.x] = values[blockIdx.x + 1] + 1;
+  } else {
+    values[blockIdx.x] = 1;
+  }
+  __threadfence();
+  atomicExch(flags + blockIdx.x, 1u);
+}
+
+using Kernel = void (*)(Arguments);
+struct Entry {
+  const char* name;
+  Kernel kernel;
+};
+#define ENTRY(name) {#name, name}
+const Entry kKernels[] = {
+    ENTRY(indices),
+    ENTRY(shuffles),
+    ENTRY(shuffle_double),
+    ENTRY(votes),
+    ENTRY(ldmatrix),
+    {"mma_k16_bf16", mma_k16<bf16>},
+    {"mma_k16_fp16", mma_k16<fp16>},
+    ENTRY(mma_k8),
+    ENTRY(conversions),
+    ENTRY(exponentials),
+    ENTRY(copy_bytes),
+    ENTRY(copy_groups),
+    ENTRY(atomics),
+    ENTRY(block_sums),
+    ENTRY(neighbours),
+    ENTRY(lanes),
+    ENTRY(halves),
+    ENTRY(both_write),
+    ENTRY(atomics_on_shared),
+    ENTRY(copy_and_read),
+    ENTRY(read_unwritten),
+    ENTRY(read_and_write),
+    ENTRY(copy_from),
+    ENTRY(write_shared),
+    ENTRY(misaligned),
+    ENTRY(misaligned_row),
+    ENTRY(barrier_in_a_branch),
+    ENTRY(different_shuffles),
+    ENTRY(shuffle_of_the_living),
+    ENTRY(part_of_a_mask),
+    ENTRY(barrier_of_the_living),
+    ENTRY(blocks_write),
+    ENTRY(blocks_read),
+    ENTRY(last_block_sums),
+    ENTRY(wait_for_the_next),
+};
 
 }  // namespace
 
-extern "C" const char* test_mma_k16(const uint16_t* a, const uint16_t* b, float* d, int bf) {
-  const MmaParams p{a, b, d};
-  return emulator::guarded([&] {
-    launch(bf ? mma_k16<bf16> : mma_k16<fp16>, Grid{1, 1, 1, 32, 768}, p, Device{}, "mma_k16");
-  });
+// grid: x, y, z. Null, or what went wrong.
+extern "C" const char* run_kernel(const char* name, const int* grid, int threads, int shared_bytes,
+                                  const Arguments* arguments) {
+  for (const Entry& entry : kKernels) {
+    if (std::strcmp(entry.name, name) != 0) continue;
+    return emulator::guarded([&] {
+      launch(entry.kernel, Grid{grid[0], grid[1], grid[2], threads, shared_bytes}, *arguments,
+             Device{}, name);
+    });
+  }
+  return "no such kernel";
 }
 
 }  // namespace fastattn::cuda
