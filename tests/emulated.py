@@ -8,12 +8,10 @@ conftest.py.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import shutil
 from pathlib import Path
 
-import torch
 from emulator import build as emulator
 from torch.utils import cpp_extension
 
@@ -37,19 +35,6 @@ def build() -> Path:
     link += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings.cpp"]
     return emulator.build("kernels", sources, flags, link)
-
-
-def load() -> None:
-    """Builds and loads it: torch.ops.fastattn_emulated."""
-    torch.ops.load_library(str(build()))
-
-
-def set_options(text: str) -> None:
-    """Of the launches that follow, as tests/emulator/options.h has them; "" is the default."""
-    emulator_set_options = ctypes.CDLL(str(build())).emulator_set_options
-    emulator_set_options.restype = ctypes.c_char_p
-    if (error := emulator_set_options(text.encode())) is not None:
-        raise ValueError(error.decode())
 
 
 if __name__ == "__main__":

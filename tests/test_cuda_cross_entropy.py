@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import emulated
 import pytest
 import torch
+from emulator.runtime import Library
 from torch import Tensor
 
 from fastattn import reference
@@ -47,10 +48,11 @@ if (reason := emulated.why_not()) is not None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def library() -> Iterator[None]:
-    emulated.load()
-    yield
-    emulated.set_options("")
+def emulator() -> Iterator[Library]:
+    torch.ops.load_library(str(emulated.build()))
+    emulator = Library(emulated.build())
+    yield emulator
+    emulator.set_options()
 
 
 def forward(
@@ -159,11 +161,13 @@ def expected_of_ones(p: CrossEntropyProblem) -> tuple[Results, Results]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", (CE_CASES[0], STEPS[-1], CE_CASES[14]), ids=str)
-def test_schedules_change_no_bit(case: CrossEntropyCase, dtype: torch.dtype) -> None:
+def test_schedules_change_no_bit(
+    case: CrossEntropyCase, dtype: torch.dtype, emulator: Library
+) -> None:
     p = make_cross_entropy_problem(case, dtype)
     dloss, results = torch.tensor(0.25), []
     for seed in range(4):
-        emulated.set_options(f"seed={seed}")
+        emulator.set_options(f"seed={seed}")
         loss, lse = forward(p)
         results.append((loss, lse, backward(p, lse, dloss)))
     for other in results[1:]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import emulated
 import pytest
 import torch
+from emulator.runtime import Library
 from torch import Tensor
 
 from fastattn.compiled import Compiled
@@ -25,7 +26,7 @@ CAUSAL = (-1, 0)
 LENGTHS = DecodeCase("lengths", (15, 16, 17, 63, 64, 65, 129), capacity=130, heads=(6, 2))
 PREFILL = DecodeCase("prefill", (0, 20), 37, 37, 60, (6, 2), window=CAUSAL)
 WIDE = DecodeCase("wide-group", (90,), 2, capacity=96, heads=(34, 2), window=(20, 3))
-LONG = DecodeCase("long", (1500, 700), capacity=1500, heads=(5, 1), head_dim=64)
+LONG = DecodeCase("long", (700, 300), capacity=700, heads=(5, 1), head_dim=64)
 CASES = (*DECODE_CASES, LENGTHS, PREFILL, WIDE, LONG)
 
 if (reason := emulated.why_not()) is not None:
@@ -33,10 +34,11 @@ if (reason := emulated.why_not()) is not None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def library() -> Iterator[None]:
-    emulated.load()
-    yield
-    emulated.set_options("")
+def emulator() -> Iterator[Library]:
+    torch.ops.load_library(str(emulated.build()))
+    emulator = Library(emulated.build())
+    yield emulator
+    emulator.set_options()
 
 
 KERNELS = Compiled(lambda: torch.ops.fastattn_emulated)
@@ -78,20 +80,20 @@ def test_any_head_dim(heads: tuple[int, int], dims: tuple[int, int], dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_splits", (1, 2, 3, 7, 1000))
-@pytest.mark.parametrize("case", (LONG, replace(LONG, seqlen_q=3, window=(900, 0))), ids=str)
+@pytest.mark.parametrize("num_splits", (1, 3, 7, 1000))
+@pytest.mark.parametrize("case", (LONG, replace(LONG, seqlen_q=3, window=(400, 0))), ids=str)
 def test_any_number_of_splits(case: DecodeCase, num_splits: int, dtype: torch.dtype) -> None:
     check_decode(solve, make_decode_problem(replace(case, num_splits=num_splits), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", (LENGTHS, DECODE_CASES[-1]), ids=str)
-def test_schedules_change_no_bit(case: DecodeCase, dtype: torch.dtype) -> None:
+def test_schedules_change_no_bit(case: DecodeCase, dtype: torch.dtype, emulator: Library) -> None:
     p = make_decode_problem(case, dtype)
-    emulated.set_options("")
+    emulator.set_options()
     expected = solve(p)
     for options in ("eager", "seed=1", "random,seed=2", "random,seed=3"):
-        emulated.set_options(options)
+        emulator.set_options(options)
         assert_same_bits(solve(p), expected)
 
 
@@ -147,7 +149,10 @@ def test_what_a_query_does_not_see_does_not_reach_it(group: int, dtype: torch.dt
     p.k_cache[:, 78:] = math.nan
     p.v_cache[:, 77:] = math.inf
     out, lse = solve(p)
-    assert torch.equal(out[:, 0], clean[0][:, 0]) and torch.equal(lse[:, :, 0], clean[1][:, :, 0])
+    # Rows that tensor cores spread NaN to are computed again, with weights in fp32.
+    eps = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out[:, 0], clean[0][:, 0], rtol=eps, atol=eps)
+    assert torch.equal(lse[:, :, 0], clean[1][:, :, 0])
     assert not out[:, 1:].isfinite().any() and lse[:, :, 2:].isnan().all()
 
 

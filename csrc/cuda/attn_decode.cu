@@ -18,46 +18,7 @@
 namespace fastattn::cuda {
 namespace decode {
 
-constexpr int kSlice = 8;  // elements a lane holds of a row of K or V
-constexpr int kKeys = 4;   // keys a team loads at a time: 8 loads of 16 bytes a lane under way
-
-// A lane's part of a row.
-template <class T>
-struct Slice {
-  uint4 vectors[kSlice / kVec<T>];
-
-  FASTATTN_DEVICE void unpack_into(float (&x)[kSlice]) const {
-#pragma unroll
-    for (int n = 0; n < kSlice / kVec<T>; n++) {
-      float part[kVec<T>];
-      unpack<T>(vectors[n], part);
-#pragma unroll
-      for (int i = 0; i < kVec<T>; i++) x[n * kVec<T> + i] = part[i];
-    }
-  }
-};
-
-// The first `count` elements at x, at most kSlice, zeros behind. Nothing is read where count ≤ 0.
-template <class T>
-FASTATTN_DEVICE Slice<T> load_slice(const T* x, int count, bool aligned) {
-  Slice<T> slice;
-  if (aligned && count >= kSlice) {
-#pragma unroll
-    for (int n = 0; n < kSlice / kVec<T>; n++) slice.vectors[n] = load_vector(x + n * kVec<T>);
-    return slice;
-  }
-#pragma unroll
-  for (int n = 0; n < kSlice / kVec<T>; n++) {
-    float part[kVec<T>];
-#pragma unroll
-    for (int i = 0; i < kVec<T>; i++) {
-      const int d = n * kVec<T> + i;
-      part[i] = d < count ? to_float(x[d]) : 0.0f;
-    }
-    slice.vectors[n] = pack<T>(part);
-  }
-  return slice;
-}
+constexpr int kKeys = 4;  // keys a team loads at a time: 8 loads of 16 bytes a lane under way
 
 // One tile of kRows rows, kLanes lanes a team: head dims up to kSlice · kLanes.
 template <class T, int kLanes, int kRows>
@@ -158,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
     if (dim == 0) sStates[team * kRows + r] = states[r];
   }
   __syncthreads();
-  write_tile<T, kTeams, kRows, kDims>(p, t, sOut, sStates);
+  write_tile<T, false, kTeams, kRows, kDims>(p, t, sOut, sStates);
 }
 
 // Merges the splits of a row in their order, one warp a row.
@@ -189,17 +150,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int tile_rows(const AttnDecodeParams& p) { return p.heads_q / p.heads_k * p.seqlen_q == 1 ? 1 : 4; }
-
-int64_t row_tiles(const AttnDecodeParams& p) {
+// A tile's rows: one, four, or the 16 of tensor cores, in attn_decode_mma.cuh.
+int tile_rows(const AttnDecodeParams& p, const Device& device) {
   const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
-  return (rows + tile_rows(p) - 1) / tile_rows(p);
+  const bool has_products =
+      p.dtype == DType::kF16 || (p.dtype == DType::kBF16 && device.arch >= 80);
+  const bool fits = std::max(p.head_dim, p.head_dim_v) <= kMmaMaxDims;
+  return rows == 1 ? 1 : rows > 4 && has_products && fits ? kMmaRows : 4;
+}
+
+int64_t row_tiles(const AttnDecodeParams& p, const Device& device) {
+  const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q, tile = tile_rows(p, device);
+  return (rows + tile - 1) / tile;
 }
 
 // Four blocks fit on an SM. Their number is all that is known here: lengths are on the device.
 int choose_splits(const AttnDecodeParams& p, const Device& device) {
   if (p.num_splits > 0) return int(std::min<int64_t>(p.num_splits, kMaxSplits));
-  const int64_t blocks = std::max<int64_t>(1, p.batch * p.heads_k * row_tiles(p));
+  const int64_t blocks = std::max<int64_t>(1, p.batch * p.heads_k * row_tiles(p, device));
   const int64_t wanted = 4 * int64_t(device.multiprocessors);
   return blocks * 2 > wanted ? 1 : int(std::min<int64_t>(wanted / blocks, kMaxSplits));
 }
@@ -220,7 +188,7 @@ void launch_tiles(const KernelParams& p, const Device& device, const std::string
 
 template <class T, int kLanes>
 void launch_rows(const KernelParams& p, const Device& device, const std::string& what) {
-  if (tile_rows(p) == 1) return launch_tiles<T, kLanes, 1>(p, device, what);
+  if (tile_rows(p, device) == 1) return launch_tiles<T, kLanes, 1>(p, device, what);
   return launch_tiles<T, kLanes, 4>(p, device, what);
 }
 
@@ -233,7 +201,9 @@ void run(KernelParams p, const Device& device) {
                            std::to_string(p.seqlen_q) + ", " + std::to_string(p.heads_q) + ", " +
                            std::to_string(p.head_dim) + ")";
   const int64_t dims = std::max(p.head_dim, p.head_dim_v);
-  if (dims <= 64) {
+  if (tile_rows(p, device) == kMmaRows) {
+    (device.arch < 80 ? launch_sm75 : launch_sm80)(p, device, what);
+  } else if (dims <= 64) {
     launch_rows<T, 8>(p, device, what);
   } else if (dims <= 128) {
     launch_rows<T, 16>(p, device, what);
@@ -264,7 +234,7 @@ void attn_decode(const AttnDecodeParams& p, void* workspace, const Device& devic
   params.by_page_size = Divider::by(p.page_size);
   params.by_group_size = Divider::by(p.heads_q / p.heads_k);
   params.splits = decode::choose_splits(p, device);
-  params.row_tiles = int(decode::row_tiles(p));
+  params.row_tiles = int(decode::row_tiles(p, device));
   params.partial_states = static_cast<decode::RowState*>(workspace);
   params.partial_out = reinterpret_cast<float*>(params.partial_states + rows * params.splits);
   with_dtype(p.dtype, [&](auto type) { decode::run<decltype(type)>(params, device); });

@@ -18,6 +18,7 @@ namespace fastattn::cuda::decode {
 constexpr int kThreads = 128;
 constexpr int kMinSplitKeys = 64;  // of a split: with fewer, merging costs more than it saves
 constexpr int kMaxSplits = 128;
+constexpr int kSlice = 8;  // elements a lane holds of a row of K or V
 
 // Running softmax of a row: exp(s − row_max) is what scores are summed as. row_max is finite from
 // the start, so that −inf − row_max is not NaN.
@@ -37,6 +38,12 @@ struct KernelParams : AttnDecodeParams {
     return (b * heads_q + head) * seqlen_q + query;
   }
 };
+
+// Tiles of kMmaRows rows of 16-bit elements, D and D_v up to kMmaMaxDims.
+constexpr int kMmaRows = 16;
+constexpr int kMmaMaxDims = 128;
+void launch_sm75(const KernelParams& p, const Device& device, const std::string& what);  // fp16
+void launch_sm80(const KernelParams& p, const Device& device, const std::string& what);
 
 // Half-open.
 struct Keys {
@@ -113,6 +120,44 @@ FASTATTN_DEVICE float alibi_slope(const KernelParams& p, int64_t b, int head) {
   return p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_batch + head] : 0.0f;
 }
 
+// A lane's part of a row.
+template <class T>
+struct Slice {
+  uint4 vectors[kSlice / kVec<T>];
+
+  FASTATTN_DEVICE void unpack_into(float (&x)[kSlice]) const {
+#pragma unroll
+    for (int n = 0; n < kSlice / kVec<T>; n++) {
+      float part[kVec<T>];
+      unpack<T>(vectors[n], part);
+#pragma unroll
+      for (int i = 0; i < kVec<T>; i++) x[n * kVec<T> + i] = part[i];
+    }
+  }
+};
+
+// The first `count` elements at x, at most kSlice, zeros behind. Nothing is read where count ≤ 0.
+template <class T>
+FASTATTN_DEVICE Slice<T> load_slice(const T* x, int count, bool aligned) {
+  Slice<T> slice;
+  if (aligned && count >= kSlice) {
+#pragma unroll
+    for (int n = 0; n < kSlice / kVec<T>; n++) slice.vectors[n] = load_vector(x + n * kVec<T>);
+    return slice;
+  }
+#pragma unroll
+  for (int n = 0; n < kSlice / kVec<T>; n++) {
+    float part[kVec<T>];
+#pragma unroll
+    for (int i = 0; i < kVec<T>; i++) {
+      const int d = n * kVec<T> + i;
+      part[i] = d < count ? to_float(x[d]) : 0.0f;
+    }
+    slice.vectors[n] = pack<T>(part);
+  }
+  return slice;
+}
+
 // What remains of a row once its keys are through: the sinks join, lse and out are written.
 struct Finish {
   float factor;  // of out
@@ -141,9 +186,34 @@ FASTATTN_DEVICE T* out_row(const KernelParams& p, int64_t b, int head, int query
          head * p.out_stride.head;
 }
 
+// Element d of Σ exp(s − row_max)·v over the keys that the row sees, one thread on its own.
+template <class T>
+FASTATTN_DEVICE float recompute(const KernelParams& p, const Tile& t, const Row& row, int d,
+                                float row_max) {
+  const T* q = static_cast<const T*>(p.q) + t.batch * p.q_stride.batch +
+               row.query * p.q_stride.seq + row.head * p.q_stride.head;
+  const CachePlace place(p, t.batch, p.by_page_size);
+  const float slope = alibi_slope(p, t.batch, row.head);
+  float out = 0;
+  for (int key = t.keys.begin; key < t.keys.end; key++) {
+    if (!t.sees(row.query, key)) continue;
+    const CachePlace::Position at = place.find(key);
+    const T* k =
+        static_cast<const T*>(p.k_cache) + offset_of(at, p.k_stride) + t.head_k * p.k_stride.head;
+    const T* v =
+        static_cast<const T*>(p.v_cache) + offset_of(at, p.v_stride) + t.head_k * p.v_stride.head;
+    float product = 0;
+    for (int i = 0; i < p.head_dim; i++) product += to_float(q[i]) * to_float(k[i]);
+    const float s = score(product, slope, abs(row.query + t.diagonal - key), p);
+    out += exp_of(s - row_max) * to_float(v[d]);
+  }
+  return out;
+}
+
 // The results of several teams of threads that took different keys, merged in their order and
-// written: sOut (kTeams, kRows, kDims), sStates (kTeams, kRows).
-template <class T, int kTeams, int kRows, int kDims>
+// written: sOut (kTeams, kRows, kDims), sStates (kTeams, kRows). kShared: rows that don't see a key
+// had its value times 0 added, and if that is not finite, neither are they; they are done again.
+template <class T, bool kShared, int kTeams, int kRows, int kDims>
 FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const float* sOut,
                                 const RowState* sStates) {
   for (int r = 0; r < kRows; r++) {
@@ -175,6 +245,9 @@ FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const floa
 #pragma unroll
       for (int team = 0; team < kTeams; team++) {
         out += scale[team] * sOut[(team * kRows + r) * kDims + d];
+      }
+      if (kShared && p.seqlen_q > 1 && !(fabsf(out) <= FLT_MAX)) {
+        out = recompute<T>(p, t, row, d, total.row_max);
       }
       if (whole) {
         out_row<T>(p, t.batch, row.head, row.query)[d] = from_float<T>(out * factor);
