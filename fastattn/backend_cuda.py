@@ -13,18 +13,15 @@ import torch
 from torch import Tensor
 
 from . import library
-from .backends import Problem
+from .backends import KERNEL_DTYPES, Problem
 from .compiled import Compiled
-from .problem import AttentionProblem, CrossEntropyProblem, LinearCrossEntropyProblem
-
-# fp32 attention would need 3 times as many tensor core products, or none.
-_ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
-_LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .problem import AttentionProblem
 
 _compiled = Compiled(
     lambda: torch.ops.fastattn_emulated if library.emulated() else torch.ops.fastattn_cuda
 )
 attn_fwd = _compiled.attn_fwd
+attn_bwd = _compiled.attn_bwd
 attn_decode = _compiled.attn_decode
 cross_entropy_fwd = _compiled.cross_entropy_fwd
 cross_entropy_bwd = _compiled.cross_entropy_bwd
@@ -73,16 +70,15 @@ def _no_image(arch: int) -> str | None:
 
 def _no_kernel(p: Problem, arch: int) -> str | None:
     dtype = p[0].dtype
-    if isinstance(p, (CrossEntropyProblem, LinearCrossEntropyProblem)):
-        if dtype not in _LOSS_DTYPES:
-            return f"dtype {dtype} has no kernel, only float32, bfloat16 and float16 have"
+    if dtype not in KERNEL_DTYPES:
+        return f"dtype {dtype} has no kernel, only float32, bfloat16 and float16 have"
+    if not isinstance(p, AttentionProblem):
         return None
-    if dtype not in _ATTENTION_DTYPES:
-        return f"dtype {dtype} has no attention kernel, only bfloat16 and float16 have"
-    if arch < 80 and dtype == torch.bfloat16:
+    # Attention's products are the tensor cores': in fp32 they have none, sm_75 has fp16's alone.
+    if dtype == torch.float32:
+        return "dtype torch.float32 has no attention kernel, only bfloat16 and float16 have"
+    if dtype == torch.bfloat16 and arch < 80:
         return f"sm_{arch} has no tensor core products of bfloat16; float16 has a kernel"
-    if isinstance(p, AttentionProblem) and any(
-        isinstance(t, Tensor) and t.requires_grad for t in p
-    ):
+    if any(isinstance(t, Tensor) and t.requires_grad for t in p):
         return "its attention has no backward kernel yet, and these tensors require gradients"
     return None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+import emulated
 import numpy as np
 import pytest
 import torch
+
+EMULATED = (75, 80)  # the architectures that kernels are chosen by
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,16 +18,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         action="append",
         metavar="NAME",
-        help="backends that tests with a `backend` argument run on; default: all usable here",
+        help="backends that tests with a `backend` argument run on; default: all there are here",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` goes over the usable rows of the table for CPU tensors, and `emulated` tests' over
+    the emulated architectures too: as cuda-sm75, cuda-sm80."""
     if "backend" in metafunc.fixturenames:
         from fastattn import backends
 
-        usable = [row.name for row in backends.TABLE if row.unusable() is None]
-        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or usable)
+        names = [r.name for r in backends.TABLE if r.name != "cuda" and r.unusable() is None]
+        if metafunc.definition.get_closest_marker("emulated"):
+            names += [f"cuda-sm{arch}" for arch in EMULATED]
+        if wanted := metafunc.config.getoption("--backend"):
+            names = [name for name in names if name in wanted or name.split("-")[0] in wanted]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name that a public function's `backend` argument takes."""
+    name, _, arch = request.param.partition("-sm")
+    if arch:
+        emulate(int(arch), monkeypatch)
+    return name
+
+
+@pytest.fixture(params=EMULATED, ids="sm{}".format)
+def emulated_arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """backend="cuda" takes CPU tensors, on the emulator."""
+    emulate(request.param, monkeypatch)
+    return request.param
+
+
+def emulate(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := emulated.why_not()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("FASTATTN_EMULATE", str(emulated.build()))
+    monkeypatch.setenv("FASTATTN_EMULATE_ARCH", str(arch))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 import fastattn
+from fastattn import backends
 from fastattn.problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,8 +27,17 @@ def drawn_seed() -> Tensor:
     return torch.randint(2**63 - 1, ())
 
 
+def skip_if_refused(p: backends.Problem, backend: str | None) -> None:
+    """CUDA kernels don't take every dtype; tests/test_cuda.py says which they do take."""
+    if backend == "cuda":
+        (row,) = (row for row in backends.TABLE if row.name == "cuda")
+        if (reason := row.refuses(p, asked=True)) is not None:
+            pytest.skip(reason)
+
+
 def attention(p: AttentionProblem, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of the public function. It draws drawn_seed(), which p.seed should be."""
+    skip_if_refused(p, backend)
     causal = p.window_right == 0
     options = {
         "causal": causal,

@@ -14,6 +14,8 @@ import fastattn
 from fastattn.problem import DecodeProblem
 from fastattn.testing import DECODE_CASES, DecodeCase, check_decode, make_decode_problem
 
+pytestmark = pytest.mark.emulated
+
 
 @pytest.mark.parametrize("dtype", public.KERNEL_DTYPES, ids=public.name_of)
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)

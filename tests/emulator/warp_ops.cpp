@@ -155,9 +155,9 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, S
                    [=](Warp&, MmaLane* const* lanes) {
                      float a[16][16], b[16][8], c[16][8];
                      if (format == Format::kBF16) {
-                       gather(lanes, k, bf16_to_float, a, b);
+                       gather(lanes, k, [](uint16_t x) { return bf16_to_float(x); }, a, b);
                      } else if (format == Format::kFP16) {
-                       gather(lanes, k, fp16_to_float, a, b);
+                       gather(lanes, k, [](uint16_t x) { return fp16_to_float(x); }, a, b);
                      } else {
                        gather_tf32(lanes, k, a, b);
                      }
