@@ -9,8 +9,10 @@
 // waits for anybody until the teams' results are merged through shared memory at the end. A second
 // kernel merges the splits.
 //
-// Two teams' worth of 16 lanes take 8 + 4 + 8 instructions a lane for a row and a key of 128
-// elements: up to four rows, that hides behind memory.
+// A row and a key of 128 elements take 16 lanes some 28 instructions each, 450 in all for 512 bytes
+// of K and V in bf16. An SM of sm_90 gets these bytes in 24 cycles, and issues 3072 meanwhile: four
+// rows hide behind memory. More are attn_decode_mma.cuh's, or take several tiles, whose loads but
+// the first come from L2.
 #include <algorithm>
 
 #include "attn_decode.cuh"
@@ -18,13 +20,22 @@
 namespace fastattn::cuda {
 namespace decode {
 
-constexpr int kKeys = 4;  // keys a team loads at a time: 8 loads of 16 bytes a lane under way
+// Keys a team loads at a time, and blocks that registers must leave room for on an SM, 96 or 168 a
+// thread: 80 KiB of loads are then under way, or 36 where there are four rows. Memory's latency
+// takes some 30 to hide on sm_90.
+template <class T, int kRows>
+constexpr int kKeysAtATime = kRows == 1       ? 4
+                             : sizeof(T) == 4 ? 2
+                                              : 3;
+template <int kRows>
+constexpr int kBlocksAtOnce = kRows == 1 ? 5 : 3;
 
-// One tile of kRows rows, kLanes lanes a team: head dims up to kSlice · kLanes.
-template <class T, int kLanes, int kRows>
-__global__ void __launch_bounds__(kThreads)
+// One tile of kRows rows, kLanes lanes a team: head dims up to kSlice · kLanes. kAligned: rows of
+// q, K and V start at multiples of 16 bytes and are multiples of kSlice long.
+template <class T, int kLanes, int kRows, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kRows>)
     attn_decode_kernel(const __grid_constant__ KernelParams p) {
-  constexpr int kTeams = kThreads / kLanes, kDims = kSlice * kLanes;
+  constexpr int kTeams = kThreads / kLanes, kDims = kSlice * kLanes, kKeys = kKeysAtATime<T, kRows>;
   constexpr unsigned kAll = 0xffffffff;
   FASTATTN_SHARED(memory);
   float* sOut = reinterpret_cast<float*>(memory);  // (kTeams, kRows, kDims)
@@ -45,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     slope[r] = row.exists ? alibi_slope(p, t.batch, row.head) : 0.0f;
     const T* from = static_cast<const T*>(p.q) + t.batch * p.q_stride.batch +
                     row.query * p.q_stride.seq + row.head * p.q_stride.head + dim;
-    load_slice(from, row.exists ? dims : 0, p.q_aligned).unpack_into(q[r]);
+    load_slice<kAligned>(from, row.exists ? dims : 0).unpack_into(q[r]);
   }
 
   const CachePlace place(p, t.batch, p.by_page_size);
@@ -58,8 +69,8 @@ __global__ void __launch_bounds__(kThreads)
       const int key = first + n * kTeams + team;
       const bool exists = key < t.keys.end;
       const CachePlace::Position at = place.find(exists ? key : t.keys.begin);
-      k[n] = load_slice(gK + offset_of(at, p.k_stride), exists ? dims : 0, p.k_aligned);
-      v[n] = load_slice(gV + offset_of(at, p.v_stride), exists ? dims_v : 0, p.v_aligned);
+      k[n] = load_slice<kAligned>(gK + offset_of(at, p.k_stride), exists ? dims : 0);
+      v[n] = load_slice<kAligned>(gV + offset_of(at, p.v_stride), exists ? dims_v : 0);
     }
 
     float s[kRows][kKeys];
@@ -150,12 +161,25 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A tile's rows: one, four, or the 16 of tensor cores, in attn_decode_mma.cuh.
+// Rows of q, K and V as vectors of 16 bytes, slices of kSlice elements.
+bool aligned(const AttnDecodeParams& p) {
+  const int64_t bytes = p.dtype == DType::kF32 ? 4 : 2;
+  const auto begins_aligned = [&](const void* data, const Strides& stride) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride.batch * bytes % 16 == 0 &&
+           stride.seq * bytes % 16 == 0 && stride.head * bytes % 16 == 0;
+  };
+  return p.head_dim % kSlice == 0 && p.head_dim_v % kSlice == 0 &&
+         begins_aligned(p.q, p.q_stride) && begins_aligned(p.k_cache, p.k_stride) &&
+         begins_aligned(p.v_cache, p.v_stride);
+}
+
+// A tile's rows: one, four, or the 16 of tensor cores.
 int tile_rows(const AttnDecodeParams& p, const Device& device) {
   const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
   const bool has_products =
       p.dtype == DType::kF16 || (p.dtype == DType::kBF16 && device.arch >= 80);
   const bool fits = std::max(p.head_dim, p.head_dim_v) <= kMmaMaxDims;
+  if (!aligned(p)) return 4;
   return rows == 1 ? 1 : rows > 4 && has_products && fits ? kMmaRows : 4;
 }
 
@@ -172,47 +196,40 @@ int choose_splits(const AttnDecodeParams& p, const Device& device) {
   return blocks * 2 > wanted ? 1 : int(std::min<int64_t>(wanted / blocks, kMaxSplits));
 }
 
-bool aligned(const void* data, const Strides& stride, int64_t bytes) {
-  const auto whole = [&](int64_t elements) { return elements * bytes % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && whole(stride.batch) && whole(stride.seq) &&
-         whole(stride.head);
-}
-
-template <class T, int kLanes, int kRows>
+template <class T, int kLanes, int kRows, bool kAligned>
 void launch_tiles(const KernelParams& p, const Device& device, const std::string& what) {
   const int shared = kThreads * kRows * kSlice * int(sizeof(float)) +
                      kThreads / kLanes * kRows * int(sizeof(RowState));
   const Grid grid{p.batch * p.heads_k * p.splits * p.row_tiles, 1, 1, kThreads, shared};
-  launch(attn_decode_kernel<T, kLanes, kRows>, grid, p, device, what);
+  launch(attn_decode_kernel<T, kLanes, kRows, kAligned>, grid, p, device, what);
 }
 
-template <class T, int kLanes>
-void launch_rows(const KernelParams& p, const Device& device, const std::string& what) {
-  if (tile_rows(p, device) == 1) return launch_tiles<T, kLanes, 1>(p, device, what);
-  return launch_tiles<T, kLanes, 4>(p, device, what);
+template <class T, int kRows>
+void launch_aligned(const KernelParams& p, const Device& device, const std::string& what) {
+  const int64_t dims = std::max(p.head_dim, p.head_dim_v);
+  if (dims <= 64) return launch_tiles<T, 8, kRows, true>(p, device, what);
+  if (dims <= 128) return launch_tiles<T, 16, kRows, true>(p, device, what);
+  launch_tiles<T, 32, kRows, true>(p, device, what);
 }
 
 template <class T>
-void run(KernelParams p, const Device& device) {
-  p.q_aligned = aligned(p.q, p.q_stride, sizeof(T));
-  p.k_aligned = aligned(p.k_cache, p.k_stride, sizeof(T));
-  p.v_aligned = aligned(p.v_cache, p.v_stride, sizeof(T));
+void run(const KernelParams& p, const Device& device) {
   const std::string what = "attn_decode of (" + std::to_string(p.batch) + ", " +
                            std::to_string(p.seqlen_q) + ", " + std::to_string(p.heads_q) + ", " +
                            std::to_string(p.head_dim) + ")";
-  const int64_t dims = std::max(p.head_dim, p.head_dim_v);
-  if (tile_rows(p, device) == kMmaRows) {
+  const int rows = tile_rows(p, device);
+  if (!aligned(p)) {
+    launch_tiles<T, 32, 4, false>(p, device, what);
+  } else if (rows == kMmaRows) {
     (device.arch < 80 ? launch_sm75 : launch_sm80)(p, device, what);
-  } else if (dims <= 64) {
-    launch_rows<T, 8>(p, device, what);
-  } else if (dims <= 128) {
-    launch_rows<T, 16>(p, device, what);
+  } else if (rows == 1) {
+    launch_aligned<T, 1>(p, device, what);
   } else {
-    launch_rows<T, 32>(p, device, what);
+    launch_aligned<T, 4>(p, device, what);
   }
   if (p.splits > 1) {
-    const int64_t rows = p.batch * p.heads_q * p.seqlen_q, warps = kThreads / 32;
-    const Grid grid{(rows + warps - 1) / warps, 1, 1, kThreads};
+    const int64_t all_rows = p.batch * p.heads_q * p.seqlen_q, warps = kThreads / 32;
+    const Grid grid{(all_rows + warps - 1) / warps, 1, 1, kThreads};
     launch(attn_decode_combine_kernel<T>, grid, p, device, what + ", combine");
   }
 }

@@ -29,7 +29,6 @@ struct RowState {
 struct KernelParams : AttnDecodeParams {
   Divider by_page_size, by_group_size;
   int splits, row_tiles;
-  bool q_aligned, k_aligned, v_aligned;  // rows start at multiples of 16 bytes
   // Of each row and split, if there is more than one: Σ exp(s − row_max)·v and the state.
   float* partial_out;        // (B, H_q, S_q, splits, D_v)
   RowState* partial_states;  // (B, H_q, S_q, splits)
@@ -39,7 +38,7 @@ struct KernelParams : AttnDecodeParams {
   }
 };
 
-// Tiles of kMmaRows rows of 16-bit elements, D and D_v up to kMmaMaxDims.
+// Aligned tiles of kMmaRows rows of 16-bit elements, D and D_v up to kMmaMaxDims.
 constexpr int kMmaRows = 16;
 constexpr int kMmaMaxDims = 128;
 void launch_sm75(const KernelParams& p, const Device& device, const std::string& what);  // fp16
@@ -137,23 +136,23 @@ struct Slice {
 };
 
 // The first `count` elements at x, at most kSlice, zeros behind. Nothing is read where count ≤ 0.
-template <class T>
-FASTATTN_DEVICE Slice<T> load_slice(const T* x, int count, bool aligned) {
+// kAligned: x is a multiple of 16 bytes, count one of kSlice.
+template <bool kAligned, class T>
+FASTATTN_DEVICE Slice<T> load_slice(const T* x, int count) {
   Slice<T> slice;
-  if (aligned && count >= kSlice) {
-#pragma unroll
-    for (int n = 0; n < kSlice / kVec<T>; n++) slice.vectors[n] = load_vector(x + n * kVec<T>);
-    return slice;
-  }
 #pragma unroll
   for (int n = 0; n < kSlice / kVec<T>; n++) {
-    float part[kVec<T>];
+    if constexpr (kAligned) {
+      slice.vectors[n] = count > 0 ? load_vector(x + n * kVec<T>) : uint4{0, 0, 0, 0};
+    } else {
+      float part[kVec<T>];
 #pragma unroll
-    for (int i = 0; i < kVec<T>; i++) {
-      const int d = n * kVec<T> + i;
-      part[i] = d < count ? to_float(x[d]) : 0.0f;
+      for (int i = 0; i < kVec<T>; i++) {
+        const int d = n * kVec<T> + i;
+        part[i] = d < count ? to_float(x[d]) : 0.0f;
+      }
+      slice.vectors[n] = pack<T>(part);
     }
-    slice.vectors[n] = pack<T>(part);
   }
   return slice;
 }

@@ -1,5 +1,5 @@
-// Decoding with tensor cores: a tile of 16 rows, fp16 or bf16, D and D_v up to 128. Five rows and
-// more are too many for attn_decode.cu to hide behind memory: 8 query heads of a KV head, say.
+// Decoding with tensor cores: tiles of 16 rows, fp16 or bf16, aligned, D and D_v up to 128. Five
+// rows and more are too many for attn_decode.cu to hide behind memory: 8 heads of a group, say.
 //
 // Each warp goes through 16 keys at a time, every fourth such step of its block's split, with a
 // softmax state of its own. Nothing passes through shared memory until the end: a lane loads 16
@@ -39,7 +39,7 @@ FASTATTN_DEVICE float quad_sum(float x) {
 }
 
 template <class Arch, class T, int kDims>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
     attn_decode_mma_kernel(const __grid_constant__ KernelParams p) {
   constexpr int kWarps = kThreads / 32, kChunks = kDims / 32, kHalves = kDims / 64;
   FASTATTN_SHARED(memory);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
       const int d = 32 * c + 8 * t;
-      q[h][c] = load_slice(from + d, row.exists ? dims - d : 0, p.q_aligned).vectors[0];
+      q[h][c] = load_slice<true>(from + d, row.exists ? dims - d : 0).vectors[0];
     }
   }
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int c = 0; c < kChunks; c++) {
         const int d = 32 * c + 8 * t;
-        k[n][c] = load_slice(row + d, exists ? dims - d : 0, p.k_aligned).vectors[0];
+        k[n][c] = load_slice<true>(row + d, exists ? dims - d : 0).vectors[0];
       }
     }
 #pragma unroll
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int u = 0; u < kHalves; u++) {
         const int d = 64 * u + 8 * group;
-        v[n][u] = load_slice(row + d, exists ? dims_v - d : 0, p.v_aligned).vectors[0];
+        v[n][u] = load_slice<true>(row + d, exists ? dims_v - d : 0).vectors[0];
       }
     }
 
