@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.h)
 FORMATTED := $(VENV)/bin/clang-format --style=file $(CSRC) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
-.PHONY: setup build demo test test-all lint format sanitize bench clean
+.PHONY: setup build demo test test-all lint format sanitize gates bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/fastattn demo
@@ -38,7 +38,12 @@ sanitize: setup
 	FASTATTN_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --build-temp $(SANITIZED) --build-lib $(SANITIZED)
 	FASTATTN_LIBRARY=$(SANITIZED)/fastattn/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(PY) -m pytest -m "not slow and not gpu" $(wildcard tests/test_attention*.py tests/test_cpu_*.py tests/test_decode.py tests/test_losses.py)
+	  $(PY) -m pytest -m "not slow and not gpu" --backend cpu $(wildcard tests/test_attention*.py tests/test_cpu_*.py tests/test_decode.py tests/test_losses.py)
+
+# What ptxas and the machine code say of the CUDA kernels, for every architecture. Needs nvcc, no GPU.
+gates: setup
+	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) tests/gates.py
 
 setup: $(VENV)/.installed $(VENV)/.tools
 

@@ -45,7 +45,8 @@ def refuses(p: Problem, asked: bool) -> str | None:
         return "here it runs in the emulator, only if asked for by name"
     elif first.device.type != "cpu":
         return f"the tensors are on {first.device}, and the emulator takes those on the CPU"
-    return _no_image(arch(first)) or _no_kernel(p, arch(first))
+    target = arch(first)
+    return (None if library.emulated() else _no_image(target)) or _no_kernel(p, target)
 
 
 def arch(t: Tensor) -> int:
@@ -60,8 +61,6 @@ def arch(t: Tensor) -> int:
 def _no_image(arch: int) -> str | None:
     """Machine code runs on devices of its major version and at least its minor one, PTX on any
     later device."""
-    if library.emulated():
-        return None
     built = library.cuda_architectures()
     if any(b // 10 == arch // 10 and b <= arch for b in built) or arch > max(built):
         return None

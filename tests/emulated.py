@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sys
 from pathlib import Path
 
 from emulator import build as emulator
@@ -20,6 +21,8 @@ CSRC = Path(__file__).parent.parent / "csrc"
 
 def why_not() -> str | None:
     """None, or why it can't be built here."""
+    if sys.platform != "linux":
+        return "the emulator is for Linux"
     if shutil.which(emulator.CXX) is None:
         return f"the emulator needs a C++ compiler and found no {emulator.CXX}"
     return None

@@ -12,7 +12,7 @@ from emulator import build
 from emulator.runtime import EmulatorError, Library
 from torch import Tensor
 
-SOURCES = ["tests/emulator/test_kernels.cu"]
+SOURCES = ["tests/emulator/test_kernels.cu", "tests/emulator/faulty_kernels.cu"]
 COMPLETIONS = ["eager", "lazy", *(f"random,seed={seed}" for seed in range(1, 5))]
 
 
@@ -32,7 +32,7 @@ class Kernels(Library):
         shared_bytes: int = 0,
         options: str = "",
     ) -> None:
-        """Starts a kernel of test_kernels.cu with pointers to `read`, then `write`."""
+        """Starts a kernel of SOURCES with pointers to `read`, then `write`."""
         tensors = [*read, *write]
         arguments = Arguments()
         arguments.pointer[: len(tensors)] = [t.data_ptr() for t in tensors]
@@ -246,9 +246,28 @@ def test_missing_barriers(kernels: Kernels, name: str, missing: int, options: st
     # Which of two accesses comes too early depends on the schedule, that there is a race doesn't.
     assert re.search(
         r"block \(0, 0, 0\) thread \d+: race: (load|store|atomicAdd) of byte \d+ of shared memory "
-        r"isn't ordered after the (read|write) of thread \d+ at test_kernels.cu:\d+",
+        r"isn't ordered after the (read|write) of thread \d+ at faulty_kernels.cu:\d+",
         said,
     ), said
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_named_barriers(kernels: Kernels, seed: int) -> None:
+    out = zeros(96)
+    arguments = {"write": [out], "threads": 64, "shared_bytes": 128, "options": f"seed={seed}"}
+    kernels.run("producer_consumer", numbers=[NOTHING], **arguments)
+    assert out.tolist() == list(range(96))
+    assert "race" in kernels.fault("producer_consumer", numbers=[AFTER_WRITE], **arguments)
+    # A producer that doesn't wait overwrites what is being read, or fills barrier 1 on its own.
+    said = kernels.fault("producer_consumer", numbers=[BEFORE_REWRITE], **arguments)
+    assert "race" in said or "deadlock" in said
+
+
+def test_named_barriers_that_do_not_fit(kernels: Kernels) -> None:
+    said = kernels.fault("wrong_named_barriers", numbers=[0], threads=96)
+    assert re.search(r"barrier 3 of \d+ threads and of \d+", said)
+    said = kernels.fault("wrong_named_barriers", numbers=[1], threads=96)
+    assert "deadlock" in said and "32 lanes wait in a named barrier" in said
 
 
 @pytest.mark.parametrize("options", COMPLETIONS)
@@ -296,7 +315,7 @@ def test_global_bounds(kernels: Kernels, options: str) -> None:
         place = f"byte {4 * index} of {name}, which has 64"
         assert re.search(
             r"in read_and_write\n.*block \(0, 0, 0\) thread 5: load of 4 bytes at 0x\w+, "
-            rf"outside all buffers: {place} at test_kernels.cu:\d+",
+            rf"outside all buffers: {place} at faulty_kernels.cu:\d+",
             said,
         ), said
     assert "store of 4 bytes" in kernels.fault("read_and_write", numbers=[0, 16], **arguments)
@@ -347,7 +366,7 @@ def test_alignment(kernels: Kernels) -> None:
     base = -x.data_ptr() % 16
     kernels.run("misaligned", [x], [out], [base])
     said = kernels.fault("misaligned", read=[x], write=[out], numbers=[base + 8])
-    assert re.search(r"isn't aligned to the 16 bytes .* at test_kernels.cu:\d+", said), said
+    assert re.search(r"isn't aligned to the 16 bytes .* at faulty_kernels.cu:\d+", said), said
     said = kernels.fault("misaligned_row", numbers=[8], shared_bytes=64)
     assert "ldmatrix: the row of lane 0 isn't aligned to 16 bytes" in said
 
@@ -419,7 +438,20 @@ def test_blocks_that_wait_for_each_other(kernels: Kernels) -> None:
     assert "polls in a row" in said
 
 
-# --- options and the portable fibers --------------------------------------------------------------
+# --- the two halves of ptx.cuh, options, portable fibers ------------------------------------------
+
+
+def test_emulated_ptx_declares_what_ptx_cuh_does() -> None:
+    def declared(path: str, qualifier: str) -> set[str]:
+        text = re.sub(r"//.*", "", (build.ROOT / path).read_text())
+        found = re.findall(rf"((?:template <[^>]*>\s+)?){qualifier} (\w+ \w+\([^{{]*\)) {{", text)
+        plain = (re.sub(r",?\s*Site site = Site::here\(\)", "", " ".join(f)) for f in found)
+        return {re.sub(r"\s+", " ", declaration) for declaration in plain}
+
+    device = declared("csrc/cuda/ptx.cuh", "FASTATTN_DEVICE")
+    emulated = declared("tests/emulator/emulated_ptx.h", "EMULATED")
+    addresses = {d for d in device if "shared_address" in d}  # for the device's half alone
+    assert len(device) > 10 and emulated == device - addresses
 
 
 def test_options(kernels: Kernels) -> None:

@@ -96,31 +96,36 @@ def test_kernels_hand_over_to_the_installed_package(tmp_path: Path) -> None:
     assert run(code, REPOSITORY, REPOSITORY, tmp_path) == "42 42"
 
 
-# --- the compiled library -------------------------------------------------------------------------
+# --- the compiled libraries -----------------------------------------------------------------------
+
+
+def libraries() -> list[Path]:
+    """_C, and _cuda where it was built."""
+    return [*ROOT.glob("_C*.so"), *ROOT.glob("_cuda*.so")]
+
+
+def nm(file: Path, which: str) -> list[str]:
+    command = ["nm", "-DC", which, str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @pytest.mark.skipif(library.load_error() is not None, reason="the kernels are not built")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 def test_the_library_needs_only_the_stable_abi() -> None:
     """No symbol of ATen, c10 or CPython: one file serves torch 2.11 and later on every Python."""
-    (file,) = ROOT.glob("_C*.so")
-    assert file.name == "_C.abi3.so"
-    listed = subprocess.run(
-        ["nm", "-DC", "--undefined-only", str(file)], capture_output=True, text=True, check=True
-    )
-    symbols = [line.split(maxsplit=1)[1] for line in listed.stdout.splitlines()]
-    assert any(s.startswith("aoti_torch_") for s in symbols)
-    foreign = ("at::", "c10::", "torch::", "Py", "_Py")
-    assert [s for s in symbols if s.startswith(foreign) or "at::Tensor" in s] == []
+    files = libraries()
+    assert files[0].name == "_C.abi3.so"
+    for file in files:
+        symbols = [line.split(maxsplit=1)[1] for line in nm(file, "--undefined-only")]
+        assert any(s.startswith("aoti_torch_") for s in symbols)
+        foreign = ("at::", "c10::", "torch::", "Py", "_Py", "cuda")
+        assert [s for s in symbols if s.startswith(foreign) or "at::Tensor" in s] == []
 
 
 @pytest.mark.skipif(library.load_error() is not None, reason="the kernels are not built")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 def test_the_library_gives_away_no_names() -> None:
     """Nothing it defines could stand in for another library's symbol of the same name."""
-    (file,) = ROOT.glob("_C*.so")
-    listed = subprocess.run(
-        ["nm", "-DC", "--defined-only", str(file)], capture_output=True, text=True, check=True
-    )
-    names = [line.split(maxsplit=2)[2] for line in listed.stdout.splitlines()]
-    assert [n for n in names if "fastattn" in n] == []
+    for file in libraries():
+        names = [line.split(maxsplit=2)[2] for line in nm(file, "--defined-only")]
+        assert [n for n in names if "fastattn" in n or n.startswith("cuda")] == []

@@ -21,6 +21,20 @@ FASTATTN_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// --- barriers
+// -------------------------------------------------------------------------------------
+
+// Named barrier Id, 1 … 15 (0 is that of __syncthreads): waits until `threads` threads, whole
+// warps, have come, by either function. What they did before is seen behind bar_sync.
+template <int Id>
+FASTATTN_DEVICE void bar_sync(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(Id), "r"(threads) : "memory");
+}
+template <int Id>
+FASTATTN_DEVICE void bar_arrive(int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"n"(Id), "r"(threads) : "memory");
+}
+
 // --- matrix fragments
 // -----------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ namespace {
 
 void carry_out(PendingCopies::Copy* copy) {
   std::memcpy(copy->shared, copy->global, copy->bytes);
-  std::memset(copy->shared + copy->bytes, 0, copy->size - copy->bytes);
+  std::memset(copy->shared + copy->bytes, 0, kCopyBytes - copy->bytes);
   copy->done = true;
 }
 
@@ -24,32 +24,31 @@ void complete_at_random(Thread& t) {
   }
 }
 
-void cp_async(void* shared, const void* global, int size, int bytes, Site site) {
+void cp_async(void* shared, const void* global, int bytes, Site site) {
   Thread& t = *current;
   Block& b = *t.block;
-  if (size != 4 && size != 8 && size != 16) fail(site, "cp.async of %d bytes", size);
-  if (bytes < 0 || bytes > size) fail(site, "cp.async reads %d of %d bytes", bytes, size);
+  if (bytes < 0 || bytes > kCopyBytes) {
+    fail(site, "cp.async reads %d of %d bytes", bytes, kCopyBytes);
+  }
   const auto offset = static_cast<unsigned char*>(shared) - b.shared;
-  if (offset < 0 || offset + size > b.shared_bytes) {
+  if (offset < 0 || offset + kCopyBytes > b.shared_bytes) {
     fail(site, "cp.async writes outside shared memory: %td of %d bytes", offset, b.shared_bytes);
   }
-  if (offset % size != 0)
-    fail(site, "cp.async to shared memory %td, not aligned to %d", offset, size);
-  if (reinterpret_cast<uintptr_t>(global) % size != 0) {
-    fail(site, "cp.async from %p, not aligned to %d", global, size);
+  if (offset % kCopyBytes != 0) {
+    fail(site, "cp.async to shared memory %td, not aligned to %d", offset, kCopyBytes);
+  }
+  if (reinterpret_cast<uintptr_t>(global) % kCopyBytes != 0) {
+    fail(site, "cp.async from %p, not aligned to %d", global, kCopyBytes);
   }
   if (bytes > 0) access_global(t, global, bytes, Access::kRead, "cp.async", site);
-  if (options().races) b.shadow.begin_copy(offset, size, observer(t), site);
+  if (options().races) b.shadow.begin_copy(offset, kCopyBytes, observer(t), site);
   PendingCopies::Copy copy{static_cast<unsigned char*>(shared),
-                           static_cast<const unsigned char*>(global),
-                           size,
-                           bytes,
-                           t.copies.open_group,
+                           static_cast<const unsigned char*>(global), bytes, t.copies.open_group,
                            false};
   if (options().completion == Completion::kEager) {
     carry_out(&copy);
   } else {
-    std::memset(shared, 0xff, size);
+    std::memset(shared, 0xff, kCopyBytes);
   }
   t.copies.copies.push_back(copy);
 }
@@ -67,7 +66,7 @@ void cp_async_wait(int groups_left, Site) {
     }
     if (!copies[i].done) carry_out(&copies[i]);
     if (options().races) {
-      t.block->shadow.end_copy(copies[i].shared - t.block->shared, copies[i].size, observer(t));
+      t.block->shadow.end_copy(copies[i].shared - t.block->shared, kCopyBytes, observer(t));
     }
   }
   copies.resize(kept);

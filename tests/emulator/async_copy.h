@@ -9,12 +9,14 @@ namespace emulator {
 
 struct Thread;
 
+constexpr int kCopyBytes = 16;
+
 // One thread's copies in flight, in groups numbered from 0.
 struct PendingCopies {
   struct Copy {
     unsigned char* shared;
     const unsigned char* global;
-    int size, bytes;  // to write, of them from global memory
+    int bytes;  // from global memory; zeros behind
     int group;
     bool done;  // carried out early; still not waited for
   };

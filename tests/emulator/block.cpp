@@ -136,93 +136,6 @@ bool run_blocks(const std::vector<Block*>& blocks) {
   return live == 0;
 }
 
-// --- barriers ------------------------------------------------------------------------------------
-
-namespace {
-
-// All threads of the block waited: a new era, in which everything before is known.
-void enter_era(Block& b) {
-  static uint32_t eras;
-  b.era = ++eras;
-  Join join;
-  for (const Thread& t : b.thread) join.add_others(t.known);
-  const Knowledge joined = join.take();
-  for (Thread& t : b.thread) {
-    t.clock = 1;
-    t.known = joined;
-  }
-}
-
-void complete(Block& b, Barrier& barrier) {
-  if (options().races) {
-    if (static_cast<int>(barrier.waiting.size()) == b.live) {
-      enter_era(b);
-    } else {
-      if (barrier.era != b.era) barrier.released.forget_own();
-      for (Thread* t : barrier.waiting) barrier.released.add(t->known, t->id, t->clock);
-      const Knowledge joined = barrier.released.take();
-      for (Thread* t : barrier.waiting) {
-        t->known = joined;
-        ++t->clock;
-      }
-    }
-  }
-  barrier.arrived = 0;
-  for (Thread* t : barrier.waiting) {
-    if (t != current) wake(t);
-  }
-  barrier.waiting.clear();
-}
-
-}  // namespace
-
-void sync_threads(Site site) {
-  Thread& t = *current;
-  Block& b = *t.block;
-  Barrier& barrier = b.barrier[0];
-  if (barrier.arrived == 0) {
-    barrier.site = site;
-    barrier.expected = 0;
-  } else if (barrier.site.line != site.line) {
-    report(site, "__syncthreads here meets that at line %d", barrier.site.line);
-  }
-  barrier.waiting.push_back(&t);
-  if (++barrier.arrived == b.live) {
-    complete(b, barrier);
-  } else {
-    wait("__syncthreads", site);
-  }
-}
-
-void named_barrier(int id, int threads, bool waits, Site site) {
-  Thread& t = *current;
-  Block& b = *t.block;
-  if (id < 0 || id > 15) fail(site, "there is no barrier %d", id);
-  if (threads <= 0 || threads % 32 != 0 || threads > b.threads) {
-    fail(site, "barrier %d of %d threads in a block of %d", id, threads, b.threads);
-  }
-  Barrier& barrier = b.barrier[id];
-  if (barrier.arrived == 0) {
-    barrier.expected = threads;
-    barrier.era = b.era;
-  } else if (barrier.expected != threads) {
-    fail(site, "barrier %d of %d threads and of %d", id, threads, barrier.expected);
-  }
-  ++barrier.arrived;
-  if (waits) {
-    barrier.waiting.push_back(&t);
-  } else if (options().races) {
-    if (barrier.era != b.era) barrier.released.forget_own();
-    barrier.era = b.era;
-    barrier.released.add(t.known, t.id, t.clock++);
-  }
-  if (barrier.arrived == threads) {
-    complete(b, barrier);
-  } else if (waits) {
-    wait("a named barrier", site);
-  }
-}
-
 // --- lives ---------------------------------------------------------------------------------------
 
 namespace {
@@ -237,10 +150,7 @@ void thread_main() {
   if (!self->copies.copies.empty()) report(Site{}, "exits with a cp.async it hasn't waited for");
   self->exited = true;
   --b.live;
-  // __syncthreads waits for threads that live.
-  if (b.live > 0 && b.barrier[0].arrived == b.live && b.barrier[0].expected == 0) {
-    complete(b, b.barrier[0]);
-  }
+  forget_exited_thread(b);
   leave(self);
   __builtin_unreachable();
 }
@@ -287,6 +197,12 @@ void access_shared(Thread& t, const void* p, size_t bytes, Access access, const 
          b.shared_bytes);
   }
   if (options().races) b.shadow.access(offset, bytes, access, observer(t), what, site);
+}
+
+void advance_clock(Thread& t) {
+  if (++t.clock >> kClockBits != 0) {
+    fail(Site{}, "too many fences and barriers without one of the whole block: use races=0");
+  }
 }
 
 const ThreadIds& ids() { return *current->ids; }

@@ -51,7 +51,7 @@ struct Warp {
   void* arguments[32];
 };
 
-struct Barrier {
+struct Barrier {  // 0: of __syncthreads
   int arrived = 0, expected = 0;
   Site site{};
   std::vector<Thread*> waiting;
@@ -83,6 +83,14 @@ void yield_thread();
 inline Observer observer(const Thread& t) {
   return {t.block->era, t.id, t.clock, t.known.own.get()};
 }
+// A new era of the block's clocks.
+void enter_era(Block& b);
+// __syncthreads waits for the living only.
+void forget_exited_thread(Block& b);
+
+// The thread has released what it did so far: what follows isn't part of that.
+void advance_clock(Thread& t);
+
 // `what` accesses a range that begins in the block's shared memory: bounds, races.
 void access_shared(Thread& t, const void* p, size_t bytes, Access access, const char* what,
                    Site site);
@@ -96,13 +104,14 @@ void start_block(Block& b, int64_t index, const std::function<void()>& kernel,
 // Runs blocks that were started until all their threads have exited. False: abandoned.
 bool run_blocks(const std::vector<Block*>& blocks);
 
+extern const char* const warp_op_names[];
+[[noreturn]] void fail_to_meet(const Warp& w, WarpOp op, Site site);
+
 // All 32 lanes of a warp come here with what they bring; the last one carries the instruction out
 // for all. `detail` and the line tell instructions of a kind apart.
 template <class Argument, class Execute>
 void warp_instruction(WarpOp op, int detail, Argument* argument, Site site,
                       const Execute& execute) {
-  void meet_in_different_instructions(Warp&, WarpOp, Site);
-  extern const char* const warp_op_names[];
   Thread& t = *current;
   Warp& w = *t.warp;
   if (w.arrived == 0) {
@@ -110,7 +119,7 @@ void warp_instruction(WarpOp op, int detail, Argument* argument, Site site,
     w.detail = detail;
     w.site = site;
   } else if (w.op != op || w.detail != detail || w.site.line != site.line) {
-    meet_in_different_instructions(w, op, site);
+    fail_to_meet(w, op, site);
   }
   w.arguments[t.lane] = argument;
   if (++w.arrived < 32) {

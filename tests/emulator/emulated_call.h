@@ -22,11 +22,8 @@ class Call {
  public:
   template <class... Arguments>
   explicit Call(Arguments&&... arguments) {
-    // What is written first: it may be the memory of something read, and is found first then.
-    for (const bool writable : {true, false}) {
-      int number = 0;
-      (add(arguments, writable, kIsWritten<Arguments> == writable, number++), ...);
-    }
+    int number = 0;
+    (add(arguments, !std::is_const_v<std::remove_reference_t<Arguments>>, number++), ...);
   }
   ~Call() { emulator_clear_buffers(); }
   Call(const Call&) = delete;
@@ -44,22 +41,20 @@ class Call {
 
  private:
   using Tensor = torch::stable::Tensor;
-  template <class Argument>
-  static constexpr bool kIsWritten = !std::is_const_v<std::remove_reference_t<Argument>>;
   static constexpr int64_t kAlignment = 256;
 
-  static void add(const Tensor& t, bool writable, bool now, int number) {
-    if (!now || t.numel() == 0) return;
+  static void add(const Tensor& t, bool writable, int number) {
+    if (t.numel() == 0) return;
     int64_t last = 0;  // offset of the last element
     for (int64_t i = 0; i < t.dim(); i++) last += (t.size(i) - 1) * t.stride(i);
     const std::string name = "tensor argument " + std::to_string(number);
     emulator_add_buffer(t.const_data_ptr(), (last + 1) * t.element_size(), name.c_str(), writable);
   }
-  static void add(const std::optional<Tensor>& t, bool writable, bool now, int number) {
-    if (t) add(*t, writable, now, number);
+  static void add(const std::optional<Tensor>& t, bool writable, int number) {
+    if (t) add(*t, writable, number);
   }
   template <class Number, class = std::enable_if_t<std::is_arithmetic_v<Number>>>
-  static void add(Number, bool, bool, int) {}
+  static void add(Number, bool, int) {}
 
   cuda::Device device_ = cuda::device(0, nullptr);
   std::optional<Tensor> workspace_;

@@ -11,6 +11,17 @@ namespace fastattn::cuda::ptx {
 using emulator::Format;
 using emulator::Site;
 
+// --- barriers ------------------------------------------------------------------------------------
+
+template <int Id>
+EMULATED void bar_sync(int threads, Site site = Site::here()) {
+  emulator::named_barrier(Id, threads, true, site);
+}
+template <int Id>
+EMULATED void bar_arrive(int threads, Site site = Site::here()) {
+  emulator::named_barrier(Id, threads, false, site);
+}
+
 // --- matrix fragments ----------------------------------------------------------------------------
 
 EMULATED void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
@@ -39,7 +50,7 @@ EMULATED void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, f
 // --- asynchronous copies -------------------------------------------------------------------------
 
 EMULATED void cp_async_16(void* shared, const void* global, int bytes, Site site = Site::here()) {
-  emulator::cp_async(shared, global, 16, bytes, site);
+  emulator::cp_async(shared, global, bytes, site);
 }
 EMULATED void cp_async_commit() { emulator::cp_async_commit(); }
 template <int N>

@@ -2,6 +2,7 @@
 #include "arena.cpp"
 #include "async_copy.cpp"
 #include "atomics.cpp"
+#include "barriers.cpp"
 #include "block.cpp"
 #include "fiber.cpp"
 #include "global_memory.cpp"

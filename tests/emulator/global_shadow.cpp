@@ -67,7 +67,8 @@ std::unordered_map<uintptr_t, OtherBlocks> published;  // at the address of an a
 
 void fence(Thread& t) {
   Join join;
-  join.add(t.known, t.id, t.clock++);
+  join.add(t.known, t.id, t.clock);
+  advance_clock(t);
   if (t.known.acquired != nullptr) {
     join.add_others({nullptr, t.known.acquired, nullptr, nullptr});
     const auto own = t.known.acquired->find(t.block->index);

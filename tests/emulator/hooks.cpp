@@ -102,6 +102,32 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 
+// Atomics of C++, which host code has in the same translation unit: local statics, shared pointers.
+#define EMULATOR_ATOMICS(bits)                                                                \
+  using u##bits = uint##bits##_t;                                                             \
+  u##bits __tsan_atomic##bits##_load(const u##bits* p, int) {                                 \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                              \
+  }                                                                                           \
+  void __tsan_atomic##bits##_store(u##bits* p, u##bits x, int) {                              \
+    __atomic_store_n(p, x, __ATOMIC_SEQ_CST);                                                 \
+  }                                                                                           \
+  u##bits __tsan_atomic##bits##_exchange(u##bits* p, u##bits x, int) {                        \
+    return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST);                                       \
+  }                                                                                           \
+  u##bits __tsan_atomic##bits##_fetch_add(u##bits* p, u##bits x, int) {                       \
+    return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST);                                        \
+  }                                                                                           \
+  u##bits __tsan_atomic##bits##_fetch_sub(u##bits* p, u##bits x, int) {                       \
+    return __atomic_fetch_sub(p, x, __ATOMIC_SEQ_CST);                                        \
+  }                                                                                           \
+  int __tsan_atomic##bits##_compare_exchange_strong(u##bits* p, u##bits* old, u##bits x, int, \
+                                                    int) {                                    \
+    return __atomic_compare_exchange_n(p, old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+  }
+EMULATOR_ATOMICS(8)
+EMULATOR_ATOMICS(32)
+EMULATOR_ATOMICS(64)
+
 // -fsanitize=alignment calls this where a pointer isn't aligned to its type: a GPU would fault.
 void __ubsan_handle_type_mismatch_v1(const emulator::TypeMismatch* data, void* p) {
   if (emulator::current == nullptr) return;

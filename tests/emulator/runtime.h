@@ -40,15 +40,14 @@ uint32_t ballot(uint32_t mask, bool predicate, Site site);
 // `count` (1, 2, 4) 8×8 matrices of 16-bit elements from shared memory.
 void ldmatrix(uint32_t* r, const void* row, int count, bool transposed, Site site);
 
-enum class Format { kBF16, kFP16, kTF32 };
-// d (16, 8) += a (16, k) · b (k, 8); a lane's share of a is k / 4 registers of 16-bit elements or
-// k / 2 of tf32, of b half as many.
+enum class Format { kBF16, kFP16 };
+// d (16, 8) += a (16, k) · b (k, 8); a lane has k / 4 registers of a and half as many of b.
 void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, Site site);
 
 // --- asynchronous copies -------------------------------------------------------------------------
 
-// `size` (4, 8, 16) bytes to shared memory: `bytes` of them from global memory, zeros behind.
-void cp_async(void* shared, const void* global, int size, int bytes, Site site);
+// 16 bytes to shared memory: `bytes` of them from global memory, zeros behind.
+void cp_async(void* shared, const void* global, int bytes, Site site);
 void cp_async_commit();
 void cp_async_wait(int groups_left, Site site);
 

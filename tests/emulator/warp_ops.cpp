@@ -11,7 +11,7 @@ namespace emulator {
 const char* const warp_op_names[] = {"nothing",    "a shuffle", "a vote",
                                      "__syncwarp", "ldmatrix",  "mma"};
 
-void meet_in_different_instructions(Warp& w, WarpOp op, Site site) {
+void fail_to_meet(const Warp& w, WarpOp op, Site site) {
   fail(site, "lanes of one warp meet in different instructions: %s here, %s at line %d",
        warp_op_names[static_cast<int>(op)], warp_op_names[static_cast<int>(w.op)], w.site.line);
 }
@@ -77,7 +77,7 @@ void sync_warp(uint32_t mask, Site site) {
     const Knowledge joined = join.take();
     for (int i = 0; i < 32; ++i) {
       lanes[i]->known = joined;
-      ++lanes[i]->clock;
+      advance_clock(*lanes[i]);
     }
   });
 }
@@ -120,8 +120,8 @@ struct MmaLane {
   const uint32_t *a, *b;
 };
 
-// Elements of 16 bits lie in pairs along k: register q of a holds rows group + 8 · (q % 2), columns
-// 2t and 2t + 1 of the half q / 2. tf32 has one element in a register: columns t and t + 4.
+// Elements lie in pairs along k: register q of a holds row group + 8 · (q % 2), columns 2t and 2t +
+// 1 of the half q / 2; of b rows 2t and 2t + 1 of the half q, column group.
 template <class ToFloat>
 void gather(MmaLane* const* lanes, int k, ToFloat to_float, float (&a)[16][16], float (&b)[16][8]) {
   for (int i = 0; i < 32; ++i) {
@@ -138,15 +138,6 @@ void gather(MmaLane* const* lanes, int k, ToFloat to_float, float (&a)[16][16], 
   }
 }
 
-void gather_tf32(MmaLane* const* lanes, int k, float (&a)[16][16], float (&b)[16][8]) {
-  const auto to_float = [](uint32_t bits) { return bit_float(bits & 0xffffe000u); };
-  for (int i = 0; i < 32; ++i) {
-    const int group = i / 4, t = i % 4;
-    for (int q = 0; q < k / 2; ++q) a[group + q % 2 * 8][t + q / 2 * 4] = to_float(lanes[i]->a[q]);
-    for (int q = 0; q < k / 4; ++q) b[t + q * 4][group] = to_float(lanes[i]->b[q]);
-  }
-}
-
 }  // namespace
 
 void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, Site site) {
@@ -156,10 +147,8 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, S
                      float a[16][16], b[16][8], c[16][8];
                      if (format == Format::kBF16) {
                        gather(lanes, k, [](uint16_t x) { return bf16_to_float(x); }, a, b);
-                     } else if (format == Format::kFP16) {
-                       gather(lanes, k, [](uint16_t x) { return fp16_to_float(x); }, a, b);
                      } else {
-                       gather_tf32(lanes, k, a, b);
+                       gather(lanes, k, [](uint16_t x) { return fp16_to_float(x); }, a, b);
                      }
                      for (int i = 0; i < 32; ++i) {
                        for (int q = 0; q < 4; ++q)

@@ -1,0 +1,172 @@
+"""What can be said of the CUDA kernels' machine code without a GPU: `make gates`.
+
+Compiles every kernel for every architecture and fails on what ptxas or the machine code betrays:
+spills and local memory, more registers or static shared memory than the budget below, ptxas'
+warnings about serialised instructions, and tensor core kernels without tensor core instructions.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "csrc" / "cuda"))
+import nvcc
+
+
+class Budget(NamedTuple):
+    registers: int  # a thread, at most
+    shared: int = 0  # static shared memory, bytes; the dynamic one stands in the tile tables
+    tensor_cores: bool = False
+
+
+# 65,536 registers an SM: 255 leave room for 8 warps, 128 for 16, 64 for 32.
+BUDGET = {
+    "attn_fwd_kernel": Budget(255, tensor_cores=True),
+}
+
+
+class Kernel(NamedTuple):
+    """One kernel as compiled for one architecture."""
+
+    symbol: str
+    arch: str  # sm_80
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+
+
+# --- ptxas' report --------------------------------------------------------------------------------
+
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+# C7504 … C7520: setmaxnreg ignored, wgmma serialised; C7602: too few registers.
+COMPLAINT = re.compile(r"\(C7[56]\d\d\)")
+
+
+def kernels_of(log: Path) -> Iterator[Kernel]:
+    for part in log.read_text().split("Compiling entry function '")[1:]:
+        part = "Compiling entry function '" + part
+        entry, stack, used = ENTRY.search(part), STACK.search(part), USED.search(part)
+        assert entry and stack and used, f"{log} has an entry that this script can't read:\n{part}"
+        shared = SHARED.search(part)
+        frame, stores, loads = map(int, stack.groups())
+        yield Kernel(
+            *entry.groups(), int(used[1]), int(shared[1]) if shared else 0, frame,
+            stores + loads,
+        )  # fmt: skip
+
+
+def complaints(log: Path) -> list[str]:
+    return [line.strip() for line in log.read_text().splitlines() if COMPLAINT.search(line)]
+
+
+def readable(symbols: list[str]) -> dict[str, str]:
+    """C++ names of mangled ones, without namespaces and parameters."""
+    listed = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    )
+    names = {}
+    for symbol, name in zip(symbols, listed.stdout.splitlines(), strict=True):
+        name = re.sub(r"(\w+::)+|\(anonymous namespace\)::", "", name).removeprefix("void ")
+        names[symbol] = re.sub(r"\(\w+\)(?=\d)", "", name).rsplit("(", 1)[0]
+    return names
+
+
+# --- machine code ---------------------------------------------------------------------------------
+
+
+# such as "        /*0a30*/              @!P0 LDGSTS.E.BYPASS.128 [R9], [R4.64] ;"
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)")
+
+
+def find_cuobjdump() -> str | None:
+    """On PATH, beside nvcc, or from the packages nvidia-cuda-cuobjdump and -nvdisasm."""
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    folders = [str(Path(nvcc.find() or "").parent), *map(str, packages.glob("*/bin"))]
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=":".join(folders))
+
+
+def opcodes(cuobjdump: str, file: Path) -> dict[tuple[str, str], collections.Counter[str]]:
+    """How often each instruction (HMMA, LDL …) occurs, by symbol and architecture."""
+    path = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}  # cuobjdump calls nvdisasm
+    command = [cuobjdump, "-sass", str(file)]
+    text = subprocess.run(command, env=path, capture_output=True, text=True, check=True).stdout
+    found: dict[tuple[str, str], collections.Counter[str]] = {}
+    arch, counter = "", collections.Counter[str]()
+    for line in text.splitlines():
+        if line.startswith("arch ="):
+            arch = line.split("=")[1].strip()
+        elif "Function :" in line:
+            counter = found.setdefault((line.split(":")[1].strip(), arch), collections.Counter())
+        elif (op := INSTRUCTION.match(line)) is not None:
+            counter[op[1]] += 1
+    return found
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+
+def faults(kernel: Kernel, name: str, ops: collections.Counter[str] | None) -> list[str]:
+    budget = BUDGET.get(name.split("<")[0])
+    if budget is None:
+        return ["no row in the budget of tests/gates.py"]
+    found = []
+    if kernel.registers > budget.registers:
+        found.append(f"{kernel.registers} registers, {budget.registers} at most")
+    if kernel.shared > budget.shared:
+        found.append(f"{kernel.shared} bytes of static shared memory, {budget.shared} at most")
+    if kernel.spills or kernel.stack:
+        found.append(f"{kernel.spills} bytes spilled, {kernel.stack} bytes of stack")
+    if ops is not None:
+        if local := ops["LDL"] + ops["STL"]:
+            found.append(f"{local} accesses to local memory")
+        if budget.tensor_cores and not ops["HMMA"] + ops["HGMMA"]:
+            found.append("no tensor core instruction")
+    return found
+
+
+def main() -> int:
+    if nvcc.find() is None:
+        print("gates: skipped, there is no nvcc in CUDA_HOME or on PATH")
+        return 0
+    cuobjdump = find_cuobjdump()
+    count = failed = 0
+    print(f"{'kernel':<64} {'arch':<8} {'regs':>4} {'smem':>6} {'HMMA':>5}")
+    for log in nvcc.build(None):
+        kernels = list(kernels_of(log))
+        names = readable([kernel.symbol for kernel in kernels])
+        sass = opcodes(cuobjdump, log.with_suffix("")) if cuobjdump and kernels else {}
+        for kernel in sorted(kernels, key=lambda k: (names[k.symbol], len(k.arch), k.arch)):
+            name, ops = names[kernel.symbol], sass.get((kernel.symbol, kernel.arch))
+            assert ops or not cuobjdump, f"cuobjdump shows no {name} for {kernel.arch}"
+            mma = "" if ops is None else ops["HMMA"] + ops["HGMMA"]
+            row = f"{name:<64} {kernel.arch:<8} {kernel.registers:>4}"
+            print(f"{row} {kernel.shared:>6} {mma:>5}")
+            found = faults(kernel, name, ops)
+            for fault in found:
+                print(f"  FAILED: {fault}")
+            count += 1
+            failed += bool(found)
+        for line in complaints(log):
+            print(f"  FAILED: {line}")
+            failed += 1
+    if cuobjdump is None:
+        print("gates: no cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm),")
+        print("       so the machine code itself was not looked at")
+    print(f"gates: {count} kernels, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

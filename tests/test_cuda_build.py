@@ -1,0 +1,61 @@
+"""How csrc/cuda/nvcc.py compiles: which file for which architectures."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_nvcc():
+    spec = importlib.util.spec_from_file_location("nvcc", ROOT / "csrc" / "cuda" / "nvcc.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nvcc = load_nvcc()
+
+
+@pytest.mark.parametrize(
+    ("name", "archs", "cubins", "ptx"),
+    [
+        ("loss.cu", [75, 80, 90], ["75", "80", "90"], "90"),
+        ("attn_sm75.cu", [75, 80, 90], ["75"], None),
+        ("attn_sm75.cu", [80], ["75"], None),
+        ("attn_sm80.cu", [75, 80, 90, 120], ["80", "90", "120"], "120"),
+        ("attn_sm80.cu", [75], ["80"], "80"),
+        ("attn_sm90.cu", [75, 80, 90, 120], ["90a"], None),
+    ],
+)
+def test_a_name_says_what_a_file_is_for(
+    name: str, archs: list[int], cubins: list[str], ptx: str | None
+) -> None:
+    expected = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cubins]
+    if ptx is not None:
+        expected.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
+    assert nvcc.targets(Path(name), archs) == expected
+
+
+def test_architectures_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_CUDA_ARCHS", "90;75,80")
+    assert nvcc.architectures("no nvcc is asked") == [75, 80, 90]
+
+
+def test_nvcc_of_cuda_home_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    for name in ("home", "path"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
+    assert nvcc.find() == os.path.join(tmp_path, "path", "bin", "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert nvcc.find() == os.path.join(tmp_path, "home", "bin", "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert nvcc.find() == os.path.join(tmp_path, "path", "bin", "nvcc")
+    monkeypatch.setenv("PATH", "")
+    assert nvcc.find() is None
