@@ -30,6 +30,11 @@ class Budget(NamedTuple):
 # 65,536 registers an SM: 255 leave room for 8 warps, 128 for 16, 64 for 32.
 BUDGET = {
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
+    "attn_decode_kernel": Budget(168),
+    "attn_decode_mma_kernel": Budget(255, tensor_cores=True),
+    "attn_decode_combine_kernel": Budget(64),
+    "cache_append_kernel": Budget(64),
+    "cross_entropy_kernel": Budget(64),
 }
 
 

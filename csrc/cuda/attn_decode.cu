@@ -21,8 +21,8 @@ namespace fastattn::cuda {
 namespace decode {
 
 // Keys a team loads at a time, and blocks that registers must leave room for on an SM, 96 or 168 a
-// thread: 80 KiB of loads are then under way, or 36 where there are four rows. Memory's latency
-// takes some 30 to hide on sm_90.
+// thread: in 16 bits, 80 KiB of loads are then under way, or 36 where there are four rows. Memory's
+// latency takes some 30 to hide on sm_90.
 template <class T, int kRows>
 constexpr int kKeysAtATime = kRows == 1       ? 4
                              : sizeof(T) == 4 ? 2

@@ -35,8 +35,9 @@ namespace cross_entropy {
 // Two blocks of 512 may then have 64 registers a thread, and one block of 512 alone on an SM has
 // 32 KiB of loads under way, about what memory's latency hides on sm_90.
 constexpr int kMaxThreads = 512;
-constexpr int kUnroll = 4;            // vectors of 16 bytes that a thread loads at a time
-constexpr int kVectorsPerThread = 8;  // of a row, up to kMaxThreads
+template <bool kRich>                   // rich rows are bound by arithmetic, and need the registers
+constexpr int kUnroll = kRich ? 2 : 4;  // vectors of 16 bytes that a thread loads at a time
+constexpr int kVectorsPerThread = 8;    // of a row, up to kMaxThreads
 constexpr int kMaxWarps = kMaxThreads / 32;
 
 struct KernelParams : CrossEntropyParams {
@@ -160,15 +161,15 @@ FASTATTN_DEVICE RowStats read_row(const T* x, const Columns<T>& columns, const K
     const float edge[1] = {to_float(x[c])};
     add<kRich>(edge, weight_at(c), p.softcap, row);
   }
-  for (int first = threadIdx.x; first < columns.vectors; first += kUnroll * threads) {
-    uint4 loaded[kUnroll];
+  for (int first = threadIdx.x; first < columns.vectors; first += kUnroll<kRich> * threads) {
+    uint4 loaded[kUnroll<kRich>];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
+    for (int u = 0; u < kUnroll<kRich>; u++) {
       const int v = first + u * threads;
       if (v < columns.vectors) loaded[u] = load_vector(x + columns.vector(v));
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
+    for (int u = 0; u < kUnroll<kRich>; u++) {
       const int v = first + u * threads;
       if (v >= columns.vectors) break;
       if (v < p.held) sRow[v] = loaded[u];
@@ -193,7 +194,7 @@ FASTATTN_DEVICE float gradient(float x, const float* weight, float cap, const Gr
 template <bool kRich, class T>
 FASTATTN_DEVICE void write_gradient(const T* x, const Columns<T>& columns, const KernelParams& p,
                                     const uint4* sRow, const Gradient& g, T* dx) {
-  const int threads = blockDim.x, step = kUnroll * threads;
+  const int threads = blockDim.x, step = kUnroll<kRich> * threads;
   const auto weight_at = [&](int64_t c) { return kRich && p.weight ? p.weight + c : nullptr; };
   const bool alike = misalignment(dx) == misalignment(x);
   if (int(threadIdx.x) < columns.edges) {
@@ -201,15 +202,15 @@ FASTATTN_DEVICE void write_gradient(const T* x, const Columns<T>& columns, const
     dx[c] = from_float<T>(gradient<kRich>(to_float(x[c]), weight_at(c), p.softcap, g));
   }
   for (int first = columns.vectors / step * step + threadIdx.x; first >= 0; first -= step) {
-    uint4 loaded[kUnroll];
+    uint4 loaded[kUnroll<kRich>];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
+    for (int u = 0; u < kUnroll<kRich>; u++) {
       const int v = first + u * threads;
       if (v < columns.vectors)
         loaded[u] = v < p.held ? sRow[v] : load_vector(x + columns.vector(v));
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
+    for (int u = 0; u < kUnroll<kRich>; u++) {
       const int v = first + u * threads;
       if (v >= columns.vectors) break;
       const int64_t c = columns.vector(v);
