@@ -438,6 +438,25 @@ def test_blocks_that_wait_for_each_other(kernels: Kernels) -> None:
     assert "polls in a row" in said
 
 
+# --- planted faults -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["neighbours", "lanes", "halves", "copy_and_read"])
+def test_every_barrier_is_missed(kernels: Kernels, name: str) -> None:
+    """In kernels that have none too many: `copy_and_read` waits once more as it exits."""
+    x, out = torch.randn(64, 4), zeros(64, 4)
+    read, numbers = ([x], [0, 1]) if name == "copy_and_read" else ([], [0])
+    arguments = {"read": read, "write": [out], "numbers": numbers, "threads": 64}
+    arguments |= {"shared_bytes": 1024}
+    kernels.passed_places()
+    kernels.run(name, options="without=?", **arguments)
+    places = kernels.passed_places()
+    assert len(places) == {"halves": 1, "copy_and_read": 3}.get(name, 2), places
+    for place in places[: 2 if name == "copy_and_read" else None]:
+        assert place.startswith("faulty_kernels.cu:")
+        kernels.fault(name, options=f"without={place}", **arguments)
+
+
 # --- the two halves of ptx.cuh, options, portable fibers ------------------------------------------
 
 

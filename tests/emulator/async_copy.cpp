@@ -5,6 +5,7 @@
 #include "block.h"
 #include "global_memory.h"
 #include "options.h"
+#include "planted_fault.h"
 #include "report.h"
 
 namespace emulator {
@@ -55,7 +56,8 @@ void cp_async(void* shared, const void* global, int bytes, Site site) {
 
 void cp_async_commit() { ++current->copies.open_group; }
 
-void cp_async_wait(int groups_left, Site) {
+void cp_async_wait(int groups_left, Site site) {
+  if (is_left_out(site)) return;
   Thread& t = *current;
   auto& copies = t.copies.copies;
   size_t kept = 0;

@@ -1,6 +1,7 @@
 // __syncthreads and the named barriers: who has come, and what everyone knows behind them.
 #include "block.h"
 #include "options.h"
+#include "planted_fault.h"
 #include "report.h"
 
 namespace emulator {
@@ -49,6 +50,7 @@ void forget_exited_thread(Block& b) {
 }
 
 void sync_threads(Site site) {
+  if (is_left_out(site)) return;
   Thread& t = *current;
   Block& b = *t.block;
   Barrier& barrier = b.barrier[0];
@@ -66,6 +68,7 @@ void sync_threads(Site site) {
 }
 
 void named_barrier(int id, int threads, bool waits, Site site) {
+  if (is_left_out(site)) return;
   Thread& t = *current;
   Block& b = *t.block;
   if (id < 1 || id > 15) fail(site, "there is no barrier %d", id);

@@ -55,8 +55,12 @@ EMULATED void __syncthreads(emulator_site site = emulator_site::here()) {
 EMULATED void __syncwarp(unsigned mask = 0xffffffffu, emulator_site site = emulator_site::here()) {
   emulator::sync_warp(mask, site);
 }
-EMULATED void __threadfence() { emulator::thread_fence(); }
-EMULATED void __threadfence_block() { emulator::thread_fence(); }
+EMULATED void __threadfence(emulator_site site = emulator_site::here()) {
+  emulator::thread_fence(site);
+}
+EMULATED void __threadfence_block(emulator_site site = emulator_site::here()) {
+  emulator::thread_fence(site);
+}
 EMULATED void __nanosleep(unsigned) { emulator::yield(); }
 
 // --- warp functions ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
 #include "hooks.cpp"
 #include "launch.cpp"
 #include "options.cpp"
+#include "planted_fault.cpp"
 #include "report.cpp"
 #include "shadow.cpp"
 #include "warp_ops.cpp"

@@ -39,12 +39,14 @@ Options parse_options(const std::string& text) {
       o.races = number() != 0;
     } else if (name == "co_scheduled") {
       o.co_scheduled = number() != 0;
+    } else if (name == "without" && equals != std::string::npos) {
+      o.without = word.substr(equals + 1);
     } else if (name == "shared_limit") {
       o.shared_limit = static_cast<int>(number());
     } else {
       throw std::invalid_argument("emulator: no option \"" + word +
                                   "\"; there are eager, lazy, random, seed=, races=, "
-                                  "co_scheduled=, shared_limit=");
+                                  "co_scheduled=, shared_limit=, without=");
     }
   }
   return o;

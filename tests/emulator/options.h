@@ -20,13 +20,16 @@ struct Options {
   bool co_scheduled =
       false;  // all blocks of a grid are in flight, for those that wait on each other
   int shared_limit = 227 * 1024;  // bytes a block may ask for
+  // Plants a fault: the barriers, waits and fences at this place, such as "attn_fwd.cuh:101", do
+  // nothing. "?" only lists the places that are passed (emulator_passed_places).
+  std::string without;
 };
 
 // The options of the next launch: at first those in the environment variable FASTATTN_EMULATOR.
 Options& options();
 
-// From a text such as "lazy,seed=3,races=0,co_scheduled=1,shared_limit=65536"; what isn't named has
-// its default. Throws std::invalid_argument.
+// From a text such as "lazy,seed=3,races=0,co_scheduled=1,shared_limit=65536,without=x.cuh:5"; what
+// isn't named has its default. Throws std::invalid_argument.
 Options parse_options(const std::string& text);
 
 }  // namespace emulator

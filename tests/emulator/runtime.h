@@ -53,7 +53,7 @@ void cp_async_wait(int groups_left, Site site);
 
 // --- global memory -------------------------------------------------------------------------------
 
-void thread_fence();
+void thread_fence(Site site);
 float atomic_add(float* p, float x, Site site);
 int32_t atomic_add(int32_t* p, int32_t x, Site site);
 uint32_t atomic_add(uint32_t* p, uint32_t x, Site site);
@@ -83,4 +83,7 @@ const char* emulator_set_options(const char* text);
 // A kernel may touch global memory only inside buffers named here beforehand.
 void emulator_add_buffer(const void* address, int64_t bytes, const char* name, int writable);
 void emulator_clear_buffers();
+// The places of barriers, waits and fences that launches with the option `without` passed since the
+// last call, one in a line.
+const char* emulator_passed_places();
 }

@@ -33,6 +33,11 @@ class Library:
         if problem is not None:
             raise ValueError(problem.decode())
 
+    def passed_places(self) -> list[str]:
+        """Where barriers, waits and fences were passed, with the option `without`, since last."""
+        self._library.emulator_passed_places.restype = ctypes.c_char_p
+        return self._library.emulator_passed_places().decode().split()
+
     @contextmanager
     def buffers(
         self, read: Mapping[str, Tensor | None], write: Mapping[str, Tensor | None]

@@ -4,6 +4,7 @@
 #include "bits.h"
 #include "block.h"
 #include "options.h"
+#include "planted_fault.h"
 #include "report.h"
 
 namespace emulator {
@@ -69,6 +70,7 @@ uint32_t ballot(uint32_t mask, bool predicate, Site site) {
 
 void sync_warp(uint32_t mask, Site site) {
   check_mask(mask, "__syncwarp", site);
+  if (is_left_out(site)) return;
   Thread* t = current;
   warp_instruction(WarpOp::kSyncWarp, 0, t, site, [](Warp&, Thread* const* lanes) {
     if (!options().races) return;
