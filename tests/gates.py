@@ -35,6 +35,11 @@ BUDGET = {
     "attn_bwd_prep_kernel": Budget(64),
     "attn_fwd_fp32_kernel": Budget(255),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
+    "attn_decode_kernel": Budget(168),
+    "attn_decode_mma_kernel": Budget(255, tensor_cores=True),
+    "attn_decode_combine_kernel": Budget(64),
+    "cache_append_kernel": Budget(64),
+    "cross_entropy_kernel": Budget(64),
 }
 
 

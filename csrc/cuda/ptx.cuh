@@ -128,11 +128,20 @@ FASTATTN_DEVICE float rcp(float x) {
   return y;
 }
 
-// Two floats rounded to nearest even, `low` in the lower half. bf16: sm_80.
+// Two floats rounded to nearest even, `low` in the lower half. sm_75 has no such instruction for
+// bf16: there the bits are rounded.
 FASTATTN_DEVICE uint32_t pack(float low, float high, bf16) {
+#if __CUDA_ARCH__ >= 800
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
+#else
+  const auto rounded = [](float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
+  };
+  return rounded(low) | rounded(high) << 16;
+#endif
 }
 FASTATTN_DEVICE uint32_t pack(float low, float high, fp16) {
   uint32_t r;

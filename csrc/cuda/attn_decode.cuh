@@ -1,0 +1,260 @@
+// What the decode kernels share: which rows and keys a block takes, which keys a row sees, and how
+// partial results become out and lse.
+//
+// The rows of a KV head are the queries of its group of query heads, the heads of a query side by
+// side: row = i · group_size + h. A block takes a tile of them, so that K and V are read once for
+// all, and one split of the keys.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "kv_cache.cuh"
+#include "launch.cuh"
+#include "vector.cuh"
+
+namespace fastattn::cuda::decode {
+
+constexpr int kThreads = 128;
+constexpr int kMinSplitKeys = 64;  // of a split: with fewer, merging costs more than it saves
+constexpr int kMaxSplits = 128;
+constexpr int kSlice = 8;  // elements a lane holds of a row of K or V
+
+// Running softmax of a row: exp(s − row_max) is what scores are summed as. row_max is finite from
+// the start, so that −inf − row_max is not NaN.
+struct RowState {
+  float row_max = -FLT_MAX, row_sum = 0;
+};
+
+struct KernelParams : AttnDecodeParams {
+  Divider by_page_size, by_group_size;
+  int splits, row_tiles;
+  // Of each row and split, if there is more than one: Σ exp(s − row_max)·v and the state.
+  float* partial_out;        // (B, H_q, S_q, splits, D_v)
+  RowState* partial_states;  // (B, H_q, S_q, splits)
+
+  FASTATTN_DEVICE int64_t row_index(int64_t b, int head, int query) const {
+    return (b * heads_q + head) * seqlen_q + query;
+  }
+};
+
+// Aligned tiles of kMmaRows rows of 16-bit elements, D and D_v up to kMmaMaxDims.
+constexpr int kMmaRows = 16;
+constexpr int kMmaMaxDims = 128;
+void launch_sm75(const KernelParams& p, const Device& device, const std::string& what);  // fp16
+void launch_sm80(const KernelParams& p, const Device& device, const std::string& what);
+
+// Half-open.
+struct Keys {
+  int begin, end;
+};
+
+// What block blockIdx.x takes of the problem.
+struct Tile {
+  int64_t batch;
+  int head_k, first_row, split;
+  int group_size, diagonal;  // query i stands on key i + diagonal
+  int first_key, last_key;   // relative to a query's number: the window it sees
+  Keys keys;                 // of this split, seen by at least one row
+
+  template <int kRows>
+  static FASTATTN_DEVICE Tile of_block(const KernelParams& p) {
+    Tile t;
+    int64_t rest = blockIdx.x;  // tiles of the same keys come one after another: L2 has them still
+    t.first_row = int(rest % p.row_tiles) * kRows;
+    rest /= p.row_tiles;
+    t.split = int(rest % p.splits);
+    rest /= p.splits;
+    t.head_k = int(rest % p.heads_k);
+    t.batch = rest / p.heads_k;
+
+    t.group_size = int(p.heads_q / p.heads_k);
+    const int seqlen_q = int(p.seqlen_q);
+    const int length = p.cache_seqlens[t.batch] + int(p.seqlen_new);
+    const int all = length + seqlen_q;
+    t.diagonal = length - seqlen_q;
+    t.first_key = t.diagonal - (p.window_left < 0 ? all : int(min(p.window_left, int64_t(all))));
+    t.last_key = t.diagonal + (p.window_right < 0 ? all : int(min(p.window_right, int64_t(all))));
+
+    const int last_row = min(t.first_row + kRows, t.group_size * seqlen_q) - 1;
+    const int first_query = p.by_group_size.divide(t.first_row);
+    const int last_query = p.by_group_size.divide(last_row);
+    const int leftpad = p.cache_leftpad ? p.cache_leftpad[t.batch] : 0;
+    const int begin = max(leftpad, first_query + t.first_key);
+    const int end = min(length, last_query + t.last_key + 1);
+    const int share = max((end - begin + p.splits - 1) / p.splits, kMinSplitKeys);
+    t.keys.begin = begin + t.split * share;
+    t.keys.end = min(end, t.keys.begin + share);
+    return t;
+  }
+
+  // For keys from keys.begin on.
+  FASTATTN_DEVICE bool sees(int query, int key) const {
+    return key >= query + first_key && key <= query + last_key && key < keys.end;
+  }
+};
+
+// One row of a tile.
+struct Row {
+  int query, head;
+  bool exists;
+
+  FASTATTN_DEVICE Row(const Tile& t, int r, const KernelParams& p) {
+    const int row = t.first_row + r;
+    query = p.by_group_size.divide(row);
+    head = t.head_k * t.group_size + row - query * t.group_size;
+    exists = query < p.seqlen_q;
+  }
+};
+
+// The score of a raw product q·k; distance = |position of the query − key|.
+FASTATTN_DEVICE float score(float product, float slope, int distance, const KernelParams& p) {
+  float s = product * p.scale;
+  if (p.softcap > 0) s = p.softcap * tanhf(s / p.softcap);
+  if (p.alibi_slopes) s -= slope * float(distance);
+  return s;
+}
+
+FASTATTN_DEVICE float alibi_slope(const KernelParams& p, int64_t b, int head) {
+  return p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_batch + head] : 0.0f;
+}
+
+// A lane's part of a row.
+template <class T>
+struct Slice {
+  uint4 vectors[kSlice / kVec<T>];
+
+  FASTATTN_DEVICE void unpack_into(float (&x)[kSlice]) const {
+#pragma unroll
+    for (int n = 0; n < kSlice / kVec<T>; n++) {
+      float part[kVec<T>];
+      unpack<T>(vectors[n], part);
+#pragma unroll
+      for (int i = 0; i < kVec<T>; i++) x[n * kVec<T> + i] = part[i];
+    }
+  }
+};
+
+// The first `count` elements at x, at most kSlice, zeros behind. Nothing is read where count ≤ 0.
+// kAligned: x is a multiple of 16 bytes, count one of kSlice.
+template <bool kAligned, class T>
+FASTATTN_DEVICE Slice<T> load_slice(const T* x, int count) {
+  Slice<T> slice;
+#pragma unroll
+  for (int n = 0; n < kSlice / kVec<T>; n++) {
+    if constexpr (kAligned) {
+      slice.vectors[n] = count > 0 ? load_vector(x + n * kVec<T>) : uint4{0, 0, 0, 0};
+    } else {
+      float part[kVec<T>];
+#pragma unroll
+      for (int i = 0; i < kVec<T>; i++) {
+        const int d = n * kVec<T> + i;
+        part[i] = d < count ? to_float(x[d]) : 0.0f;
+      }
+      slice.vectors[n] = pack<T>(part);
+    }
+  }
+  return slice;
+}
+
+// What remains of a row once its keys are through: the sinks join, lse and out are written.
+struct Finish {
+  float factor;  // of out
+
+  FASTATTN_DEVICE Finish(const KernelParams& p, int64_t b, int head, int query, RowState state,
+                         bool writes_lse) {
+    float scale = 1, row_max = state.row_max, row_sum = state.row_sum;
+    if (p.sinks) {
+      const float most = fmaxf(row_max, p.sinks[head]);
+      scale = exp_of(row_max - most);
+      row_sum = row_sum * scale + exp_of(p.sinks[head] - most);
+      row_max = most;
+    }
+    const bool empty = row_sum == 0;
+    factor = empty ? 0.0f : scale / row_sum;
+    if (writes_lse) {
+      p.lse[b * p.lse_stride_batch + head * p.lse_stride_head + query] =
+          empty ? -INFINITY : row_max + logf(row_sum);
+    }
+  }
+};
+
+template <class T>
+FASTATTN_DEVICE T* out_row(const KernelParams& p, int64_t b, int head, int query) {
+  return static_cast<T*>(p.out) + b * p.out_stride.batch + query * p.out_stride.seq +
+         head * p.out_stride.head;
+}
+
+// Element d of Σ exp(s − row_max)·v over the keys that the row sees, one thread on its own.
+template <class T>
+FASTATTN_DEVICE float recompute(const KernelParams& p, const Tile& t, const Row& row, int d,
+                                float row_max) {
+  const T* q = static_cast<const T*>(p.q) + t.batch * p.q_stride.batch +
+               row.query * p.q_stride.seq + row.head * p.q_stride.head;
+  const CachePlace place(p, t.batch, p.by_page_size);
+  const float slope = alibi_slope(p, t.batch, row.head);
+  float out = 0;
+  for (int key = t.keys.begin; key < t.keys.end; key++) {
+    if (!t.sees(row.query, key)) continue;
+    const CachePlace::Position at = place.find(key);
+    const T* k =
+        static_cast<const T*>(p.k_cache) + offset_of(at, p.k_stride) + t.head_k * p.k_stride.head;
+    const T* v =
+        static_cast<const T*>(p.v_cache) + offset_of(at, p.v_stride) + t.head_k * p.v_stride.head;
+    float product = 0;
+    for (int i = 0; i < p.head_dim; i++) product += to_float(q[i]) * to_float(k[i]);
+    const float s = score(product, slope, abs(row.query + t.diagonal - key), p);
+    out += exp_of(s - row_max) * to_float(v[d]);
+  }
+  return out;
+}
+
+// The results of several teams of threads that took different keys, merged in their order and
+// written: sOut (kTeams, kRows, kDims), sStates (kTeams, kRows). kShared: rows that don't see a key
+// had its value times 0 added, and if that is not finite, neither are they; they are done again.
+template <class T, bool kShared, int kTeams, int kRows, int kDims>
+FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const float* sOut,
+                                const RowState* sStates) {
+  for (int r = 0; r < kRows; r++) {
+    const Row row(t, r, p);
+    if (!row.exists) return;
+    RowState total;
+    float scale[kTeams];
+#pragma unroll
+    for (int team = 0; team < kTeams; team++) {
+      total.row_max = fmaxf(total.row_max, sStates[team * kRows + r].row_max);
+    }
+#pragma unroll
+    for (int team = 0; team < kTeams; team++) {
+      const RowState state = sStates[team * kRows + r];
+      scale[team] = exp_of(state.row_max - total.row_max);
+      total.row_sum += state.row_sum * scale[team];
+    }
+
+    const bool whole = p.splits == 1;
+    const int64_t index = p.row_index(t.batch, row.head, row.query) * p.splits + t.split;
+    float factor = 1;
+    if (whole) {
+      factor = Finish(p, t.batch, row.head, row.query, total, threadIdx.x == 0).factor;
+    } else if (threadIdx.x == 0) {
+      p.partial_states[index] = total;
+    }
+    for (int d = threadIdx.x; d < p.head_dim_v; d += kThreads) {
+      float out = 0;
+#pragma unroll
+      for (int team = 0; team < kTeams; team++) {
+        out += scale[team] * sOut[(team * kRows + r) * kDims + d];
+      }
+      if (kShared && p.seqlen_q > 1 && !(fabsf(out) <= FLT_MAX)) {
+        out = recompute<T>(p, t, row, d, total.row_max);
+      }
+      if (whole) {
+        out_row<T>(p, t.batch, row.head, row.query)[d] = from_float<T>(out * factor);
+      } else {
+        p.partial_out[index * p.head_dim_v + d] = out;
+      }
+    }
+  }
+}
+
+}  // namespace fastattn::cuda::decode
