@@ -65,7 +65,9 @@ EMULATED int anew(int x) { return x; }
 // Results below 2^-126 are flushed to zero, as .ftz has it.
 EMULATED float ex2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 EMULATED float lg2(float x) { return log2f(std::fabs(x) < 0x1p-126f ? 0.0f : x); }
-EMULATED float rcp(float x) { return 1.0f / (std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x); }
+EMULATED float rcp(float x) {
+  return 1.0f / (std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x);
+}
 
 EMULATED uint32_t pack(float low, float high, bf16) {
   return emulator::float_to_bf16(low) | uint32_t(emulator::float_to_bf16(high)) << 16;
