@@ -432,7 +432,7 @@ def test_blocks_that_wait_for_each_other(kernels: Kernels) -> None:
     for seed in range(4):
         out = [zeros(5), zeros(5)]
         options = f"co_scheduled=1,seed={seed}"
-        kernels.run("wait_for_the_next", write=out, options=options, **arguments)
+        kernels.run("wait_for_the_next", (), out, [seed % 2], options=options, **arguments)
         assert out[1].tolist() == [5, 4, 3, 2, 1]
     said = kernels.fault("wait_for_the_next", write=[zeros(5), zeros(5)], **arguments)
     assert "polls in a row" in said

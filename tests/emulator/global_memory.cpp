@@ -1,9 +1,13 @@
 #include "global_memory.h"
 
+#include <dlfcn.h>
+#include <pthread.h>
+
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "arena.h"
 #include "block.h"
 #include "global_shadow.h"
 #include "options.h"
@@ -42,6 +46,22 @@ Buffer* find(uintptr_t p, size_t bytes) {
   return nullptr;
 }
 
+// Kernel parameters are copied from the host's stack, constants are read where the loader put them.
+bool is_constant(const void* p) {
+  static thread_local AddressRange host_stack = [] {
+    pthread_attr_t attributes;
+    void* begin = nullptr;
+    size_t bytes = 0;
+    if (pthread_getattr_np(pthread_self(), &attributes) == 0) {
+      pthread_attr_getstack(&attributes, &begin, &bytes);
+      pthread_attr_destroy(&attributes);
+    }
+    return AddressRange{reinterpret_cast<uintptr_t>(begin), bytes};
+  }();
+  Dl_info info;
+  return host_stack.holds(p) || dladdr(p, &info) != 0;
+}
+
 [[noreturn]] void fail_outside(uintptr_t p, size_t bytes, const char* what, Site site) {
   const Buffer* nearest = nullptr;
   int64_t distance = 0, best = INT64_MAX;  // from the nearest buffer's begin
@@ -71,7 +91,10 @@ void access_global(Thread& t, const void* p, size_t bytes, Access access, const 
                    Site site) {
   const auto address = reinterpret_cast<uintptr_t>(p);
   Buffer* buffer = find(address, bytes);
-  if (buffer == nullptr) fail_outside(address, bytes, what, site);
+  if (buffer == nullptr) {
+    if (access == Access::kRead && is_constant(p)) return;
+    fail_outside(address, bytes, what, site);
+  }
   if (access != Access::kRead && !buffer->writable) {
     fail(site, "%s to byte %zu of %s, which is only read", what,
          static_cast<size_t>(address - buffer->begin), buffer->name.c_str());

@@ -1,9 +1,6 @@
 // Plain loads and stores of a kernel. Its translation unit is compiled with -fsanitize=thread,
 // which calls a function before each of them; instead of ThreadSanitizer's run time we supply these
 // functions.
-#include <dlfcn.h>
-#include <pthread.h>
-
 #include <cstddef>
 #include <cstdint>
 
@@ -26,28 +23,12 @@ struct TypeMismatch {
 
 namespace {
 
-// Kernel parameters are copied from the host's stack, constants are read where the loader put them.
-bool is_constant(const void* p) {
-  static thread_local AddressRange host_stack = [] {
-    pthread_attr_t attributes;
-    void* begin = nullptr;
-    size_t bytes = 0;
-    if (pthread_getattr_np(pthread_self(), &attributes) == 0) {
-      pthread_attr_getstack(&attributes, &begin, &bytes);
-      pthread_attr_destroy(&attributes);
-    }
-    return AddressRange{reinterpret_cast<uintptr_t>(begin), bytes};
-  }();
-  Dl_info info;
-  return host_stack.holds(p) || dladdr(p, &info) != 0;
-}
-
 void outside_stack(const void* p, size_t bytes, Access access, const char* what, const void* pc) {
   Thread& t = *current;
   plain_access_at = pc;
   if (static_cast<size_t>(static_cast<const unsigned char*>(p) - t.block->shared) < kSharedStride) {
     access_shared(t, p, bytes, access, what, Site{});
-  } else if (access != Access::kRead || !is_constant(p)) {
+  } else {
     access_global(t, p, bytes, access, what, Site{});
   }
 }
@@ -59,9 +40,9 @@ inline void hook(const void* p, size_t bytes, Access access, const char* what, c
 // A flag that other threads set or read meanwhile: as if by atomics.
 void volatile_hook(const void* p, size_t bytes, const char* what, const void* pc) {
   if (current == nullptr || stack_range.holds(p)) return;
+  if (options().co_scheduled) yield_thread();  // not between here and the access itself
   outside_stack(p, bytes, Access::kAtomic, what, pc);
   if (options().races) synchronise_through_atomic(*current, p);
-  if (options().co_scheduled) yield_thread();
 }
 
 }  // namespace
