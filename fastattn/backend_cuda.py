@@ -21,10 +21,34 @@ _compiled = Compiled(
     lambda: torch.ops.fastattn_emulated if library.emulated() else torch.ops.fastattn_cuda
 )
 attn_fwd = _compiled.attn_fwd
-attn_bwd = _compiled.attn_bwd
 attn_decode = _compiled.attn_decode
 cross_entropy_fwd = _compiled.cross_entropy_fwd
 cross_entropy_bwd = _compiled.cross_entropy_bwd
+
+
+def attn_bwd(
+    p: AttentionProblem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Atomics add up the gradient of a bias that several scores share, in no fixed order. To be
+    deterministic it is first made for every score, in B · H_q · S_q · S_k floats."""
+    bias = p.bias
+    if deterministic and bias is not None:
+        p = p._replace(bias=bias.float().expand(_scores_shape(p)))
+    dq, dk, dv, dbias, dsinks = _compiled.attn_bwd(p, out, lse, dout, dlse, deterministic)
+    if bias is not None and dbias is not None:
+        dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
+    return dq, dk, dv, dbias, dsinks
+
+
+def _scores_shape(p: AttentionProblem) -> tuple[int, int, int, int]:
+    if p.cu_seqlens_q is not None:
+        return len(p.cu_seqlens_q) - 1, p.q.shape[1], p.max_seqlen_q, p.max_seqlen_k
+    return p.q.shape[0], p.q.shape[2], p.q.shape[1], p.k.shape[1]
 
 
 def unusable() -> str | None:
@@ -41,6 +65,8 @@ def refuses(p: Problem, asked: bool) -> str | None:
     if not library.emulated():
         if first.device.type != "cuda":
             return f"the tensors are on {first.device}, not a CUDA device"
+        if not asked:
+            return "it has not been proved on hardware yet; backend='cuda' asks for it"
     elif not asked:
         return "here it runs in the emulator, only if asked for by name"
     elif first.device.type != "cpu":

@@ -34,6 +34,7 @@ def gradients(p: AttentionProblem) -> Results:
     return {"out": out, "lse": lse, **grads}
 
 
+@pytest.mark.slow  # tests/test_attention.py does most of it by the public functions
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_keeps_the_contract(emulated_arch: int, case: Case, index: int, poisoned: None) -> None:
@@ -48,7 +49,7 @@ ORDERS = ("gqa-4-causal", "dims-192-128", "window-both", "everything", "packed-e
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ORDERS], ids=str)
 def test_whatever_the_order_of_events(emulated_arch: int, case: Case, poisoned: None) -> None:
-    """dq, dk, dv and dsinks are the same bit for bit; dbias too, where no two scores share it."""
+    """Gradients are the same bit for bit."""
     library = Library(emulated.build())
     p = make_problem(case, torch.float16)
     first = gradients(p)
@@ -56,7 +57,15 @@ def test_whatever_the_order_of_events(emulated_arch: int, case: Case, poisoned: 
         for mode in ("eager", "random,seed=1", "random,seed=2"):
             library.set_options(mode)
             for name, grad in gradients(p).items():
-                if name != "dbias":
-                    assert torch.equal(grad, first[name]), (mode, name)
+                assert torch.equal(grad, first[name]), (mode, name)
     finally:
         library.set_options()
+
+
+def test_deterministic_gradient_of_a_shared_bias(emulated_arch: int) -> None:
+    q = torch.randn(2, 5, 2, 8, dtype=torch.float16)
+    p = AttentionProblem(q, q, q, bias=torch.randn(1, 2, 1, 5, dtype=torch.float16))
+    out, lse = backend_cuda.attn_fwd(p)
+    expected, ours = (backend_cuda.attn_bwd(p, out, lse, out, None, d)[3] for d in (False, True))
+    assert ours is not None and ours.shape == (1, 2, 1, 5) and ours.dtype == torch.float16
+    torch.testing.assert_close(ours, expected)

@@ -36,7 +36,13 @@ def emulator(emulated_arch: int) -> Iterator[Library]:
     library.set_options()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+QUICK = ("gqa-4-causal", "dims-192-128", "window-both", "everything", "packed-everything")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if c.name in QUICK else pytest.mark.slow, id=c.name) for c in CASES],
+)
 def test_whatever_the_order_of_events(emulator: Library, case: Case, poisoned: None) -> None:
     """The result is the same bit for bit, and no order shows a race."""
     p = make_problem(case, torch.float16)
