@@ -12,7 +12,7 @@
 
 #define FASTATTN_OPS fastattn_C
 #define FASTATTN_KEY CPU
-#define FASTATTN_TARGET "cpu_isa"  // the operator that tells Kernels::target()
+#define FASTATTN_TARGET "instruction_sets"  // the operator that tells Kernels::target()
 
 namespace fastattn {
 
@@ -49,7 +49,7 @@ class Kernels {
   void cross_entropy_fwd(const CrossEntropyParams& p) const { table_.cross_entropy_fwd(p, pool_); }
   void cross_entropy_bwd(const CrossEntropyParams& p) const { table_.cross_entropy_bwd(p, pool_); }
 
-  static std::string target() { return cpu::kernels().isa; }
+  static std::string target() { return cpu::instruction_sets(); }
 
  private:
   const cpu::Kernels& table_ = cpu::kernels();

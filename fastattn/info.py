@@ -13,7 +13,6 @@ import torch
 from . import __version__, library
 from .backends import TABLE
 
-ISAS = ("avx512", "avx2", "scalar")  # best first; a processor that has one has those behind it
 EXTRAS = {
     "train": ("safetensors", "tiktoken", "tyro", "rich", "matplotlib", "tensorboard"),
     "integrations": ("transformers",),
@@ -124,13 +123,12 @@ def cpu_isa() -> str:
     """The instruction set in use and which could be."""
     forced = os.environ.get("FASTATTN_CPU_ISA")
     try:
-        chosen = library.cpu_isa()
+        chosen, *others = library.instruction_sets()
     except RuntimeError as error:
         return f"instruction set: {error}"
     if forced:
         return f"instruction set: {chosen} (FASTATTN_CPU_ISA forces it)"
-    usable = ", ".join(ISAS[ISAS.index(chosen) :])
-    return f"instruction set: {chosen}; usable: {usable} (FASTATTN_CPU_ISA forces one)"
+    return f"instruction set: {chosen}; FASTATTN_CPU_ISA can force {', '.join(others) or chosen}"
 
 
 def cuda_target() -> str:

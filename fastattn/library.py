@@ -27,14 +27,20 @@ def load_error() -> str | None:
 
 
 @functools.cache
-def cpu_isa() -> str:
-    """The instruction set the CPU kernels use: avx512, avx2 or scalar. FASTATTN_CPU_ISA forces one.
+def instruction_sets() -> tuple[str, ...]:
+    """What the CPU kernels use, and behind it what FASTATTN_CPU_ISA could force here: of
+    avx512_bf16, avx512, avx2 and scalar.
 
     Raises RuntimeError naming the usable ones if the forced one is not usable.
     """
     if (reason := load_error()) is not None:
         raise RuntimeError(reason)
-    return torch.ops.fastattn_C.cpu_isa()
+    return tuple(torch.ops.fastattn_C.instruction_sets().split(";"))
+
+
+def cpu_isa() -> str:
+    """The instruction set the CPU kernels use. Raises as `instruction_sets` does."""
+    return instruction_sets()[0]
 
 
 def cuda_load_error() -> str | None:

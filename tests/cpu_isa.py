@@ -6,16 +6,12 @@ import os
 import subprocess
 import sys
 
-import torch
-
 from fastattn import library
 
 
 def others() -> list[str]:
     """The instruction sets this processor has besides the one that this process uses."""
-    has = {"AVX512": ["scalar", "avx2", "avx512"], "AVX2": ["scalar", "avx2"]}
-    usable = has.get(torch.backends.cpu.get_cpu_capability(), ["scalar"])
-    return [isa for isa in usable if library.load_error() is None and isa != library.cpu_isa()]
+    return [] if library.load_error() else list(library.instruction_sets()[1:])
 
 
 def run_file(path: str, isa: str, keyword: str) -> None:

@@ -209,7 +209,7 @@ print(library.cpu_isa())
 
 
 @pytest.mark.skipif(not BUILT, reason="the kernels are not built")
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
 def test_an_instruction_set_can_be_forced(isa: str) -> None:
     done = run(ATTEND, FASTATTN_CPU_ISA=isa)
     if done.returncode != 0 and "can't be used here" in done.stderr and isa != "scalar":
@@ -262,4 +262,4 @@ def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert reason is not None and reason.startswith("_C.abi3.so could not be loaded: ")
     with pytest.raises(RuntimeError, match="could not be loaded"):
         monkeypatch.setattr(library, "load_error", lambda: reason)
-        library.cpu_isa.__wrapped__()
+        library.instruction_sets.__wrapped__()

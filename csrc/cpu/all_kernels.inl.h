@@ -2,6 +2,10 @@
 #include "vec_math.inl.h"
 #include "tiles.inl.h"
 #include "gemm_tile.inl.h"
+#ifdef FASTATTN_DOTS_BF16
+#include "pairs.inl.h"
+#endif
+#include "operands.inl.h"
 #include "philox.inl.h"
 #include "score_mods.inl.h"
 #include "key_blocks.inl.h"
@@ -13,4 +17,4 @@
 #include "cross_entropy.inl.h"
 
 #define FASTATTN_KERNEL_TABLE(isa) \
-  {isa, usable, attn_fwd, attn_bwd, attn_decode, cache_append, cross_entropy_fwd, cross_entropy_bwd}
+  {isa, fit, attn_fwd, attn_bwd, attn_decode, cache_append, cross_entropy_fwd, cross_entropy_bwd}

@@ -12,12 +12,14 @@
 constexpr int kBwdTiles = 128 / kTileQ;  // a unit of queries that share a pass over the keys
 constexpr int64_t kUnitQueries = kBwdTiles * kTileQ;
 
+template <class E>
 struct BwdTile {
   Range queries;
-  float *q, *dout, *dq;       // (D, kTileQ), (D_v, kTileQ), (D, kTileQ): transposed
-  float *q_rows, *dout_rows;  // (kTileQ, padded(D)), (kTileQ, padded(D_v))
-  float *lse, *delta;         // (kTileQ)
-  bool finite;                // all of q and dout
+  E *q, *dout;            // (elements of D or D_v, kTileQ): transposed, as dq
+  float* dq;              // (D, kTileQ)
+  E *q_rows, *dout_rows;  // (kTileQ, padded(D or D_v)), across
+  float *lse, *delta;     // (kTileQ)
+  bool finite;            // all of q and dout
 };
 
 // dK and dV of one KV head in fp32, not yet scaled: (S_k, padded(D)), (S_k, padded(D_v)).
@@ -25,18 +27,29 @@ struct KeyGradients {
   float *dk, *dv;
 };
 
+template <class E>
+struct BwdScratch {
+  float *probs, *dprobs;  // (kBlockK, kTileQ)
+  ScoreOperand<E> operand;
+
+  explicit BwdScratch(Scratch& scratch)
+      : probs(scratch.take(kBlockK * kTileQ)),
+        dprobs(scratch.take(kBlockK * kTileQ)),
+        operand(scratch) {}
+};
+
 // What some keys of a block and some queries of a tile, in V vectors, give each other.
-// probs and dprobs are (kBlockK, kTileQ) scratch.
-template <int V, class Scores>
-static void backprop(const AttnFwdParams& p, const BwdTile& tile, Range queries,
-                     const KeyBlock& block, Range keys, const KeyGradients& grads, float* probs,
-                     float* dprobs, const Scores& scores) {
+template <int V, class E, class Scores>
+static void backprop(const AttnFwdParams& p, const BwdTile<E>& tile, Range queries,
+                     const KeyBlock<E>& block, Range keys, const KeyGradients& grads,
+                     BwdScratch<E>& scratch, const Scores& scores) {
   const int64_t count = keys.size(), lane0 = queries.begin - tile.queries.begin;
-  const float* k = block.k_row(keys.begin);
-  multiply<V>(count, p.head_dim, {k, block.k_stride, 1}, tile.q + lane0, kTileQ, probs, kTileQ,
-              Set{});
-  multiply<V>(count, p.head_dim_v, {block.v_row(keys.begin), block.v_stride, 1}, tile.dout + lane0,
-              kTileQ, dprobs, kTileQ, Set{});
+  const int64_t first = keys.begin - block.keys.begin;
+  float *probs = scratch.probs, *dprobs = scratch.dprobs;
+  multiply<V>(count, elements<E>(p.head_dim), block.k.rows(first), tile.q + lane0, kTileQ, probs,
+              kTileQ, factor_left<E>(query_factor(p)));
+  multiply<V>(count, elements<E>(p.head_dim_v), block.v.rows(first), tile.dout + lane0, kTileQ,
+              dprobs, kTileQ, Set{});
 
   Vec lse[V], delta[V];
 #pragma GCC unroll 4
@@ -57,24 +70,33 @@ static void backprop(const AttnFwdParams& p, const BwdTile& tile, Range queries,
   }
 
   const int64_t ld_k = padded(p.head_dim), ld_v = padded(p.head_dim_v);
-  const float *q_rows = tile.q_rows + lane0 * ld_k, *dout_rows = tile.dout_rows + lane0 * ld_v;
+  const E* q_rows = tile.q_rows + elements<E>(lane0) * ld_k;
+  const E* dout_rows = tile.dout_rows + elements<E>(lane0) * ld_v;
   float *dk = grads.dk + keys.begin * ld_k, *dv = grads.dv + keys.begin * ld_v;
-  const Left keys_transposed{k, 1, block.k_stride};
-  if (Scores::kHides && !(tile.finite && all_finite(k, block.k_stride, count, p.head_dim))) {
+  const auto* k = block.k.values(first);
+  const int64_t stride = block.k.values_stride();
+  if (Scores::kHides && !(tile.finite && all_finite(k, stride, count, p.head_dim))) {
     multiply_add_seen<V>(count, queries.size(), ld_v, probs, dout_rows, dv, scores);
     multiply_add_seen<V>(count, queries.size(), ld_k, dprobs, q_rows, dk, scores);
-    multiply_add_visible<V>(p.head_dim, count, keys_transposed, dprobs, tile.dq + lane0, scores);
+    multiply_add_visible<V>(p.head_dim, count, k, stride, dprobs, tile.dq + lane0, scores);
     return;
   }
-  multiply_add(count, queries.size(), ld_v, {probs, kTileQ, 1}, dout_rows, dv);
-  multiply_add(count, queries.size(), ld_k, {dprobs, kTileQ, 1}, q_rows, dk);
-  multiply<V>(p.head_dim, count, keys_transposed, dprobs, kTileQ, tile.dq + lane0, kTileQ, Add{});
+  const int64_t lanes = queries.size(), depth = elements<E>(lanes);
+  ScoreOperand<E>& operand = scratch.operand;
+  operand.template pack_along<V>(probs, count, lanes);
+  multiply_add(count, depth, ld_v, {operand.along, operand.kStride, 1}, dout_rows, dv);
+  operand.template pack_along<V>(dprobs, count, lanes);
+  multiply_add(count, depth, ld_k, {operand.along, operand.kStride, 1}, q_rows, dk);
+  operand.template pack_across<V>(dprobs, count, first);
+  multiply<V>(p.head_dim, operand.depth(count, first), block.k.columns(first), operand.across,
+              kTileQ, tile.dq + lane0, kTileQ, Add{});
 }
 
 // Fills a tile from q, out, dout, lse and dlse. Returns its part of the sink's gradient, whose
 // probability is exp(sink − lse) and which has no value: −P·delta.
 template <class T>
-static double load_tile(const AttnBwdParams& b, const Sequence& s, int64_t head, BwdTile& tile) {
+static double load_tile(const AttnBwdParams& b, const Sequence& s, int64_t head,
+                        BwdTile<Operand<T>>& tile) {
   const AttnFwdParams& p = b.fwd;
   const int64_t row = s.q_row + tile.queries.begin, size = tile.queries.size();
   const T* q = head_at<const T>(p.q, p.q_stride, s.batch, row, head);
@@ -84,13 +106,12 @@ static double load_tile(const AttnBwdParams& b, const Sequence& s, int64_t head,
   const float* dlse =
       b.dlse ? b.dlse + s.batch * b.dlse_stride_batch + head * b.dlse_stride_head + row : nullptr;
 
-  const int64_t ld_k = padded(p.head_dim), ld_v = padded(p.head_dim_v);
-  load_rows(q, p.q_stride.seq, size, p.head_dim, tile.q_rows);
-  load_rows(dout, b.dout_stride.seq, size, p.head_dim_v, tile.dout_rows);
-  tile.finite = all_finite(tile.q_rows, ld_k, size, p.head_dim) &&
-                all_finite(tile.dout_rows, ld_v, size, p.head_dim_v);
-  pack_transposed(tile.q_rows, ld_k, size, p.head_dim, query_factor(p), tile.q);
-  pack_transposed(tile.dout_rows, ld_v, size, p.head_dim_v, 1.0f, tile.dout);
+  tile.finite = all_finite(q, p.q_stride.seq, size, p.head_dim) &&
+                all_finite(dout, b.dout_stride.seq, size, p.head_dim_v);
+  pack_rows(q, p.q_stride.seq, size, p.head_dim, tile.q_rows);
+  pack_rows(dout, b.dout_stride.seq, size, p.head_dim_v, tile.dout_rows);
+  pack_queries(q, p.q_stride.seq, size, p.head_dim, query_factor(p), tile.q);
+  pack_queries(dout, b.dout_stride.seq, size, p.head_dim_v, 1.0f, tile.dout);
   std::fill_n(tile.dq, p.head_dim * kTileQ, 0.0f);
 
   double dsink = 0;
@@ -98,7 +119,7 @@ static double load_tile(const AttnBwdParams& b, const Sequence& s, int64_t head,
     Vec product = zero();
     for (int64_t d = 0; d < p.head_dim_v; d += kLanes) {
       product = fmadd(load_upto(out + i * p.out_stride.seq + d, p.head_dim_v - d),
-                      load(tile.dout_rows + i * ld_v + d), product);
+                      load_upto(dout + i * b.dout_stride.seq + d, p.head_dim_v - d), product);
     }
     // A row that saw nothing gets P = 0 from lse = inf, as its scores may all be −inf.
     const bool empty = lse[i] == -INFINITY;
@@ -134,18 +155,18 @@ static void backprop_share(const AttnBwdParams& b, const Sequence& s, int64_t he
   const KeyBlocks<T> blocks(p, s, head_k, Walk::kColumns, Walk::kRows, scratch);
   std::fill_n(grads.dk, s.seqlen_k * ld_k, 0.0f);
   std::fill_n(grads.dv, s.seqlen_k * ld_v, 0.0f);
-  float* probs = scratch.take(kBlockK * kTileQ);
-  float* dprobs = scratch.take(kBlockK * kTileQ);
+  using E = Operand<T>;
+  BwdScratch<E> tile_scratch(scratch);
   float factors[kTileQ];
   std::fill_n(factors, kTileQ, p.scale);
   ScoreMods mods(p, s, window, scratch, {b.dbias, b.dbias_stride});
-  BwdTile tiles[kBwdTiles];
-  for (BwdTile& tile : tiles) {
-    tile.q = scratch.take(ld_k * kTileQ);
+  BwdTile<E> tiles[kBwdTiles];
+  for (BwdTile<E>& tile : tiles) {
+    tile.q = take<E>(scratch, ld_k * kTileQ);
     tile.dq = scratch.take(ld_k * kTileQ);
-    tile.dout = scratch.take(ld_v * kTileQ);
-    tile.q_rows = scratch.take(ld_k * kTileQ);
-    tile.dout_rows = scratch.take(ld_v * kTileQ);
+    tile.dout = take<E>(scratch, ld_v * kTileQ);
+    tile.q_rows = take<E>(scratch, ld_k * kTileQ);
+    tile.dout_rows = take<E>(scratch, ld_v * kTileQ);
     tile.lse = scratch.take(kTileQ);
     tile.delta = scratch.take(kTileQ);
   }
@@ -159,19 +180,19 @@ static void backprop_share(const AttnBwdParams& b, const Sequence& s, int64_t he
       int count = 0;
       double dsink = 0;
       for (int64_t i = queries.begin; i < queries.end; i += kTileQ) {
-        BwdTile& tile = tiles[count++];
+        BwdTile<E>& tile = tiles[count++];
         tile.queries = {i, std::min(i + kTileQ, queries.end)};
         dsink += load_tile<T>(b, s, head, tile);
       }
       if (dsinks) dsinks[head * units + unit] = dsink;
 
       for_each_block(window, queries, [&](Range keys) {
-        const KeyBlock block = blocks.load(keys);
+        const KeyBlock<E> block = blocks.load(keys);
         for (int t = 0; t < count; t++) {
           blocks.prefetch(next_slice(window, queries, keys, t, count));
           for_each_segment(window, tiles[t].queries, keys, is_rich(p) ? &mods : nullptr,
                            [&](auto V, Range lanes, Range segment, const auto& scores) {
-                             backprop<V>(p, tiles[t], lanes, block, segment, grads, probs, dprobs,
+                             backprop<V>(p, tiles[t], lanes, block, segment, grads, tile_scratch,
                                          scores);
                              mods.add_dbias(lanes, segment);
                            });

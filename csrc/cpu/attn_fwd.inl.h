@@ -4,15 +4,18 @@
 // keeps Oᵀ (D_v, kTileQ) with the running maximum and sum of its queries. Blocks outside the window
 // are skipped, and only segments on its edge are masked.
 
+template <class E>
 struct FwdTile {
   Range queries;
-  float *q, *out;            // (D, kTileQ), (D_v, kTileQ): transposed
+  E* q;                      // (elements of D, kTileQ): transposed, as out
+  float* out;                // (D_v, kTileQ)
   float *row_max, *row_sum;  // (kTileQ): running maximum of scores, and sum of exp(score − row_max)
 };
 
 // No key seen yet but the sink, a logit without a value. The maximum stays finite, so that
 // −inf − row_max is −inf and never NaN.
-static void start_tile(const FwdTile& tile, int64_t head_dim_v, const float* sink) {
+template <class E>
+static void start_tile(const FwdTile<E>& tile, int64_t head_dim_v, const float* sink) {
   const float logit = sink ? *sink : -INFINITY;
   std::fill_n(tile.row_max, kTileQ, logit == -INFINITY ? -FLT_MAX : logit);
   std::fill_n(tile.row_sum, kTileQ, logit == -INFINITY ? 0.0f : 1.0f);
@@ -20,13 +23,15 @@ static void start_tile(const FwdTile& tile, int64_t head_dim_v, const float* sin
 }
 
 // Some keys of a block against some queries of a tile, in V vectors. probs is (kBlockK, kTileQ)
-// scratch.
-template <int V, class Scores>
-static void attend(const AttnFwdParams& p, const FwdTile& tile, Range queries,
-                   const KeyBlock& block, Range keys, float* probs, const Scores& scores) {
+// scratch, operand that which it is packed into.
+template <int V, class E, class Scores>
+static void attend(const AttnFwdParams& p, const FwdTile<E>& tile, Range queries,
+                   const KeyBlock<E>& block, Range keys, float* probs, ScoreOperand<E>& operand,
+                   const Scores& scores) {
   const int64_t count = keys.size(), lane0 = queries.begin - tile.queries.begin;
-  multiply<V>(count, p.head_dim, {block.k_row(keys.begin), block.k_stride, 1}, tile.q + lane0,
-              kTileQ, probs, kTileQ, Set{});
+  const int64_t first = keys.begin - block.keys.begin;
+  multiply<V>(count, elements<E>(p.head_dim), block.k.rows(first), tile.q + lane0, kTileQ, probs,
+              kTileQ, factor_left<E>(query_factor(p)));
 
   Vec block_max[V];
 #pragma GCC unroll 4
@@ -66,17 +71,18 @@ static void attend(const AttnFwdParams& p, const FwdTile& tile, Range queries,
     store(running, fmadd(load(running), rescale[v], block_sum[v]));
   }
 
-  const float* v_rows = block.v_row(keys.begin);
-  const Left values{v_rows, 1, block.v_stride};
   float* out = tile.out + lane0;
-  const bool clean = !Scores::kHides || all_finite(v_rows, block.v_stride, count, p.head_dim_v);
-  multiply<V>(p.head_dim_v, clean ? count : 0, values, probs, kTileQ, out, kTileQ,
-              RescaleAndAdd<V>{rescale});
-  if (!clean) multiply_add_visible<V>(p.head_dim_v, count, values, probs, out, scores);
+  const auto* values = block.v.values(first);
+  const int64_t stride = block.v.values_stride();
+  const bool clean = !Scores::kHides || all_finite(values, stride, count, p.head_dim_v);
+  operand.template pack_across<V>(probs, count, first);
+  multiply<V>(p.head_dim_v, clean ? operand.depth(count, first) : 0, block.v.columns(first),
+              operand.across, kTileQ, out, kTileQ, RescaleAndAdd<V>{rescale});
+  if (!clean) multiply_add_visible<V>(p.head_dim_v, count, values, stride, probs, out, scores);
 }
 
-template <class T>
-static void finish_tile(const FwdTile& tile, int64_t head_dim_v, T* out, int64_t out_stride,
+template <class T, class E>
+static void finish_tile(const FwdTile<E>& tile, int64_t head_dim_v, T* out, int64_t out_stride,
                         float* lse) {
   float inverse[kTileQ];
   for (int i = 0; i < kTileQ; i++) inverse[i] = tile.row_sum[i] == 0 ? 0 : 1 / tile.row_sum[i];
@@ -96,9 +102,11 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
                             scratch);
   ScoreMods mods(p, s, window, scratch);
   mods.set_head(head);
+  using E = Operand<T>;
   float* probs = scratch.take(kBlockK * kTileQ);
+  ScoreOperand<E> operand(scratch);
 
-  FwdTile tiles[kMaxTiles];
+  FwdTile<E> tiles[kMaxTiles];
   int count = 0;
   const T* q = head_at<const T>(p.q, p.q_stride, s.batch, s.q_row, head);
   T* out = head_at<T>(p.out, p.out_stride, s.batch, s.q_row, head);
@@ -106,24 +114,24 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
   prefetch_rows(out + queries.begin * p.out_stride.seq, p.out_stride.seq, queries.size(),
                 p.head_dim_v);
   for (int64_t i = queries.begin; i < queries.end; i += kTileQ) {
-    FwdTile& tile = tiles[count++];
+    FwdTile<E>& tile = tiles[count++];
     tile.queries = {i, std::min(i + kTileQ, queries.end)};
-    tile.q = scratch.take(padded(p.head_dim) * kTileQ);
+    tile.q = take<E>(scratch, padded(p.head_dim) * kTileQ);
     tile.out = scratch.take(padded(p.head_dim_v) * kTileQ);
     tile.row_max = scratch.take(kTileQ);
     tile.row_sum = scratch.take(kTileQ);
     start_tile(tile, p.head_dim_v, p.sinks ? p.sinks + head : nullptr);
-    pack_transposed(q + i * p.q_stride.seq, p.q_stride.seq, tile.queries.size(), p.head_dim,
-                    query_factor(p), tile.q);
+    pack_queries(q + i * p.q_stride.seq, p.q_stride.seq, tile.queries.size(), p.head_dim,
+                 query_factor(p), tile.q);
   }
 
   for_each_block(window, queries, [&](Range keys) {
-    const KeyBlock block = blocks.load(keys);
+    const KeyBlock<E> block = blocks.load(keys);
     for (int t = 0; t < count; t++) {
       blocks.prefetch(next_slice(window, queries, keys, t, count));
       for_each_segment(window, tiles[t].queries, keys, is_rich(p) ? &mods : nullptr,
                        [&](auto V, Range lanes, Range segment, const auto& scores) {
-                         attend<V>(p, tiles[t], lanes, block, segment, probs, scores);
+                         attend<V>(p, tiles[t], lanes, block, segment, probs, operand, scores);
                        });
     }
   });

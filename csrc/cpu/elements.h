@@ -15,6 +15,9 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct bf16x2 {  // neighbours, as dot products of bf16 take them
+  bf16 first, second;
+};
 
 inline float bit_float(uint32_t bits) {
   float x;

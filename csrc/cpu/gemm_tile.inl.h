@@ -3,8 +3,9 @@
 // FMA peak from L1.
 
 // A's element (r, k) is at[r · row + k · depth].
+template <class E>
 struct Left {
-  const float* at;
+  const E* at;
   int64_t row, depth;
 };
 
@@ -13,6 +14,10 @@ struct Left {
 // growing with the number of blocks.
 struct Set {
   FASTATTN_INLINE Vec operator()(const float*, int, Vec sum) const { return sum; }
+};
+struct Scale {
+  Vec factor;
+  FASTATTN_INLINE Vec operator()(const float*, int, Vec sum) const { return sum * factor; }
 };
 struct Add {
   FASTATTN_INLINE Vec operator()(const float* c, int, Vec sum) const { return load(c) + sum; }
@@ -25,9 +30,9 @@ struct RescaleAndAdd {  // C's columns are multiplied by `scale` first
   }
 };
 
-// R rows × V vectors of C from `row` on, over `depth` products each.
-template <int R, int V, class Join>
-FASTATTN_INLINE void multiply_block(int64_t row, int64_t depth, Left a, const float* b, int64_t ldb,
+// R rows × V vectors of C from `row` on, over `depth` elements each.
+template <int R, int V, class E, class Join>
+FASTATTN_INLINE void multiply_block(int64_t row, int64_t depth, Left<E> a, const E* b, int64_t ldb,
                                     float* c, int64_t ldc, const Join& join) {
   a.at += row * a.row;
   c += row * ldc;
@@ -39,12 +44,12 @@ FASTATTN_INLINE void multiply_block(int64_t row, int64_t depth, Left a, const fl
   }
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++) {
-    Vec right[V];
+    decltype(load(b)) right[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const Vec left = broadcast(a.at[r * a.row]);
+      const auto left = broadcast(a.at[r * a.row]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) acc[r][v] = fmadd(left, right[v], acc[r][v]);
     }
@@ -67,8 +72,8 @@ template <int V>
 constexpr int kRows = V == 1 || (V == 2 && kLanes == 16) ? 8 : 4;
 
 // Not inlined: inside a larger function GCC 12 runs out of registers and spills accumulators.
-template <int V, class Join>
-__attribute__((noinline)) static void multiply(int64_t rows, int64_t depth, Left a, const float* b,
+template <int V, class E, class Join>
+__attribute__((noinline)) static void multiply(int64_t rows, int64_t depth, Left<E> a, const E* b,
                                                int64_t ldb, float* c, int64_t ldc,
                                                const Join& join) {
   int64_t r = 0;
@@ -79,7 +84,8 @@ __attribute__((noinline)) static void multiply(int64_t rows, int64_t depth, Left
 }
 
 // C += A·B, B and C `cols` wide (a multiple of kPad).
-static void multiply_add(int64_t rows, int64_t depth, int64_t cols, Left a, const float* b,
+template <class E>
+static void multiply_add(int64_t rows, int64_t depth, int64_t cols, Left<E> a, const E* b,
                          float* c) {
   for (int64_t col = 0; col < cols; col += kTileQ) {
     const int vecs = int(std::min<int64_t>(kVecs, (cols - col) / kLanes));

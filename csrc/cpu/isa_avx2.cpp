@@ -13,9 +13,10 @@ namespace fastattn::cpu::avx2 {
 #include "vec_avx2.h"
 #include "all_kernels.inl.h"
 
-static bool usable() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+static Fit fit() {
+  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                   __builtin_cpu_supports("f16c");
+  return has ? Fit::kGood : Fit::kUnusable;
 }
 const Kernels kKernels = FASTATTN_KERNEL_TABLE("avx2");
 

@@ -19,9 +19,10 @@ namespace fastattn::cpu::avx512 {
 #include "vec_avx512.h"
 #include "all_kernels.inl.h"
 
-static bool usable() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+static Fit fit() {
+  const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has ? Fit::kGood : Fit::kUnusable;
 }
 const Kernels kKernels = FASTATTN_KERNEL_TABLE("avx512");
 

@@ -6,7 +6,7 @@ namespace fastattn::cpu::scalar {
 #include "vec_scalar.h"
 #include "all_kernels.inl.h"
 
-static bool usable() { return true; }
+static Fit fit() { return Fit::kGood; }
 const Kernels kKernels = FASTATTN_KERNEL_TABLE("scalar");
 
 }  // namespace fastattn::cpu::scalar

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <string>
 
 #include "../params.h"
 
@@ -17,9 +18,12 @@ class Pool {
   virtual void run(int64_t count, const std::function<void(int64_t)>& task) const = 0;
 };
 
+// Whether this processor has an instruction set, and whether it is to be chosen there.
+enum class Fit { kUnusable, kOnRequest, kGood };
+
 struct Kernels {
   const char* isa;
-  bool (*usable)();  // does this processor have it?
+  Fit (*fit)();
   void (*attn_fwd)(const AttnFwdParams&, const Pool&);
   void (*attn_bwd)(const AttnBwdParams&, const Pool&);
   void (*attn_decode)(const AttnDecodeParams&, const Pool&);
@@ -29,10 +33,15 @@ struct Kernels {
   void (*cross_entropy_bwd)(const CrossEntropyParams&, const Pool&);  // the gradient from lse
 };
 
-// Best first. FASTATTN_CPU_ISA=scalar|avx2|avx512 forces one; throws std::runtime_error naming the
-// usable ones otherwise.
+// The best for this processor. FASTATTN_CPU_ISA=scalar|avx2|avx512|avx512_bf16 forces one; throws
+// std::runtime_error naming the usable ones otherwise.
 const Kernels& kernels();
+// Their instruction set, and behind it the others that could be forced here: "avx2;scalar".
+std::string instruction_sets();
 
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
 namespace avx512 {
 extern const Kernels kKernels;
 }

@@ -7,45 +7,56 @@ static T* head_at(const void* tensor, const Strides& stride, int64_t batch, int6
          head * stride.head;
 }
 
-// Some keys and values of a KV head as fp32 rows: the same to the arithmetic whatever dtype they
-// came from.
+// Some keys and values of a KV head as operands.
+template <class E>
 struct KeyBlock {
   Range keys;
-  const float *k, *v;
-  int64_t k_stride, v_stride;
-
-  const float* k_row(int64_t key) const { return k + (key - keys.begin) * k_stride; }
-  const float* v_row(int64_t key) const { return v + (key - keys.begin) * v_stride; }
+  Rows<E> k, v;
 };
 
-// How a kernel walks a block of K or V: fp32 rows that are far apart are better copied together
-// before they are walked column by column, which would touch a page for each.
+// How a kernel walks a block of K or V: by rows, or by columns too, which pairs need across, and
+// for which fp32 rows that are far apart are better copied together: it would touch a page for
+// each.
 enum class Walk { kRows, kColumns };
 
-// K or V of a KV head as fp32 rows, some keys at a time: copied into scratch, or where they lie.
+// K or V of a KV head, some keys at a time, as operands: copied into scratch, or where they lie.
 template <class T>
 class KeyRows {
  public:
-  struct Rows {
-    const float* at;
-    int64_t stride;
-  };
+  using E = Operand<T>;
 
   KeyRows(const T* source, int64_t stride, int64_t cols, Walk walk, Scratch& scratch)
       : source_(source), stride_(stride), cols_(cols) {
     constexpr int64_t kFar = 256;  // floats: a block then spans 16 pages
-    const bool in_place =
-        std::is_same_v<T, float> && (walk == Walk::kRows || std::abs(stride) <= kFar);
-    if (!in_place) copy_ = scratch.take(kBlockK * padded(cols));
+    const int64_t ld = padded(cols);
+    if constexpr (kPairs<E>) {
+      const bool in_place = cols % 2 == 0 && stride % 2 == 0;
+      if (!in_place) copy_ = take<E>(scratch, kBlockK * ld / 2);
+      if (walk == Walk::kColumns) across_ = take<E>(scratch, kBlockK / 2 * ld);
+    } else {
+      const bool in_place =
+          std::is_same_v<T, float> && (walk == Walk::kRows || std::abs(stride) <= kFar);
+      if (!in_place) copy_ = take<E>(scratch, kBlockK * ld);
+    }
   }
 
-  Rows load(Range keys) const {
-    const T* rows = source_ + keys.begin * stride_;
-    if constexpr (std::is_same_v<T, float>) {
-      if (copy_ == nullptr) return {rows, stride_};
+  Rows<E> load(Range keys) const {
+    const T* source = source_ + keys.begin * stride_;
+    const int64_t ld = padded(cols_);
+    if constexpr (kPairs<E>) {
+      if (across_) interleave_rows(source, stride_, keys.size(), cols_, across_);
+      if (copy_ == nullptr) {
+        return {reinterpret_cast<const E*>(source), stride_ / 2, across_, ld};
+      }
+      copy_rows(source, stride_, keys.size(), cols_, &copy_->first);
+      return {copy_, ld / 2, across_, ld};
+    } else {
+      if constexpr (std::is_same_v<T, float>) {
+        if (copy_ == nullptr) return {source, stride_, source, stride_};
+      }
+      load_rows(source, stride_, keys.size(), cols_, copy_);
+      return {copy_, ld, copy_, ld};
     }
-    load_rows(rows, stride_, keys.size(), cols_, copy_);
-    return {copy_, padded(cols_)};
   }
 
   void prefetch(Range keys) const {
@@ -55,7 +66,7 @@ class KeyRows {
  private:
   const T* source_;
   int64_t stride_, cols_;
-  float* copy_ = nullptr;  // (kBlockK, padded(cols))
+  E *copy_ = nullptr, *across_ = nullptr;  // of kBlockK keys, rows padded(cols) wide
 };
 
 // The blocks of a KV head, kBlockK keys at a time.
@@ -69,10 +80,7 @@ class KeyBlocks {
         v_(head_at<const T>(p.v, p.v_stride, s.batch, s.k_row, head_k), p.v_stride.seq,
            p.head_dim_v, walk_v, scratch) {}
 
-  KeyBlock load(Range keys) const {
-    const auto k = k_.load(keys), v = v_.load(keys);
-    return {keys, k.at, v.at, k.stride, v.stride};
-  }
+  KeyBlock<Operand<T>> load(Range keys) const { return {keys, k_.load(keys), v_.load(keys)}; }
 
   // Has these keys on their way while the block before them is computed on: their rows are too far
   // apart for the processor to see what comes next.
@@ -127,33 +135,34 @@ FASTATTN_INLINE void for_each_segment(const Window& window, Range queries, Range
   }
 }
 
-// C (rows, kTileQ) += A·B (keys, kTileQ) over visible pairs alone. Where A holds NaN or infinity,
-// its product with the 0 of a hidden pair must not reach C. Slow, for such blocks only.
-template <int V, class Scores>
-static void multiply_add_visible(int64_t rows, int64_t keys, Left a, const float* b, float* c,
-                                 const Scores& scores) {
+// C (cols, kTileQ) += Aᵀ·B, A (keys, cols) and B (keys, kTileQ), over visible pairs alone. Where A
+// holds NaN or infinity, its product with the 0 of a hidden pair must not reach C. Slow, for such
+// blocks only.
+template <int V, class T, class Scores>
+static void multiply_add_visible(int64_t cols, int64_t keys, const T* a, int64_t stride,
+                                 const float* b, float* c, const Scores& scores) {
   for (int64_t n = 0; n < keys; n++) {
     for (int v = 0; v < V; v++) {
       const Vec right = load(b + n * kTileQ + v * kLanes);
-      for (int64_t r = 0; r < rows; r++) {
+      for (int64_t r = 0; r < cols; r++) {
         float* sum = c + r * kTileQ + v * kLanes;
-        const Vec product = broadcast(a.at[r * a.row + n * a.depth]) * right;
+        const Vec product = broadcast(to_float(a[n * stride + r])) * right;
         store(sum, load(sum) + scores.visible(n, v, product));
       }
     }
   }
 }
 
-// The same for C (keys, cols) += Bᵀ (keys, lanes) · A (lanes, cols), where A may be non-finite.
-template <int V, class Scores>
-static void multiply_add_seen(int64_t keys, int64_t lanes, int64_t cols, const float* b,
-                              const float* a, float* c, const Scores& scores) {
+// The same for C (keys, cols) += B (keys, lanes) · A (lanes, cols), A across.
+template <int V, class E, class Scores>
+static void multiply_add_seen(int64_t keys, int64_t lanes, int64_t cols, const float* b, const E* a,
+                              float* c, const Scores& scores) {
   float seen[V * kLanes];
-  for (int64_t n = 0; n < keys; n++) {
+  for (int64_t n = 0; n < keys; n++, b += kTileQ, c += cols) {
     for (int v = 0; v < V; v++) store(seen + v * kLanes, scores.visible(n, v, broadcast(1.0f)));
     for (int64_t m = 0; m < lanes; m++) {
       if (seen[m] == 0) continue;
-      multiply_add(1, 1, cols, {b + n * kTileQ + m, 0, 0}, a + m * cols, c + n * cols);
+      for (int64_t col = 0; col < cols; col++) c[col] += b[m] * value_across(a, cols, m, col);
     }
   }
 }

@@ -86,7 +86,8 @@ static void load_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, 
   }
 }
 
-static bool all_finite(const float* src, int64_t stride, int64_t rows, int64_t cols) {
+template <class T>
+static bool all_finite(const T* src, int64_t stride, int64_t rows, int64_t cols) {
   Vec poison = zero();
   for (int64_t r = 0; r < rows; r++, src += stride) {
     Vec row_poison = zero();  // becomes NaN where 0 · x is; one a row, so that rows don't wait
@@ -101,23 +102,33 @@ static bool all_finite(const float* src, int64_t stride, int64_t rows, int64_t c
   return sum(poison) == 0;
 }
 
-// dst[c][r] = factor · src[r][c] in rows of kTileQ; lanes behind `rows` up to a whole vector are 0.
-template <class T>
-static void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t cols, float factor,
-                            float* dst) {
-  const Vec scale = broadcast(factor);
+// dst[c][r …] = lane c of load_row(r, …) in rows of kTileQ; lanes behind `rows` up to a whole
+// vector are 0. load_row(r, c) gives kLanes columns from c on, and dst's elements are as wide as a
+// lane.
+template <class E, class LoadRow>
+static void transpose_rows(int64_t rows, int64_t cols, E* dst, const LoadRow& load_row) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     for (int64_t c = 0; c < cols; c += kLanes) {
       Vec block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; i++) {
-        block[i] = r + i < rows ? load_upto(src + (r + i) * stride + c, cols - c) * scale : zero();
-      }
+      for (int i = 0; i < kLanes; i++) block[i] = r + i < rows ? load_row(r + i, c) : zero();
       transpose(block);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; i++) store(dst + (c + i) * kTileQ + r, block[i]);
+      for (int i = 0; i < kLanes; i++) {
+        store(reinterpret_cast<float*>(dst + (c + i) * kTileQ + r), block[i]);
+      }
     }
   }
+}
+
+// dst[c][r] = factor · src[r][c], transposed so.
+template <class T>
+static void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t cols, float factor,
+                            float* dst) {
+  const Vec scale = broadcast(factor);
+  transpose_rows(rows, cols, dst, [&](int64_t r, int64_t c) {
+    return load_upto(src + r * stride + c, cols - c) * scale;
+  });
 }
 
 // dst[r][c] = factors[r] · src[c][r], and 0 where the factor is 0, whatever src holds.
