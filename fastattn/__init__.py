@@ -1,15 +1,15 @@
 """fastattn: exact attention and cross-entropy through hand-written kernels, for PyTorch."""
 
-from . import ops as _ops  # noqa: F401, registers torch.ops.fastattn.*
-from .attention import (
-    attention,
-    attention_varlen,
-    explain,
-    scaled_dot_product_attention,
-)
+from . import ops as _ops  # noqa: F401, registers torch.ops.fastattn.*, which the rest needs
+
+# isort: split
+from . import flash_attn
+from .attention import attention, attention_varlen, explain
 from .decode import attention_decode
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
 from .modules import CausalSelfAttention
+from .scaled_dot_product import scaled_dot_product_attention
+from .weights import attention_weights, plot_attention
 
 __version__ = "0.1.0"
 
@@ -20,8 +20,11 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "attention_weights",
     "cross_entropy",
     "explain",
+    "flash_attn",
     "linear_cross_entropy",
+    "plot_attention",
     "scaled_dot_product_attention",
 ]

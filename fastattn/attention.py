@@ -7,7 +7,6 @@ and specified by fastattn/reference.py.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -80,13 +79,10 @@ def attention(
             second backward was asked of a fused backend (backend="reference" is twice
             differentiable).
     """
-    q, k, v = autocast(q, k, v)
-    _check_qkv(q, k, v, 4)
-    p = _problem(
-        AttentionProblem(q, k, v), q.shape[0], q.shape[1], k.shape[1],
-        causal, window, scale, softcap, mask, bias, alibi_slopes, sinks, dropout_p,
-    )  # fmt: skip
-    out, lse = _run(p, deterministic, backend)
+    p = dense_problem(
+        q, k, v, causal, window, scale, softcap, mask, bias, alibi_slopes, sinks, dropout_p
+    )
+    out, lse = run(p, deterministic, backend)
     return (out, lse) if return_lse else out
 
 
@@ -126,97 +122,12 @@ def attention_varlen(
     Returns:
         out (T_q, H_q, D_v); with `return_lse` also lse (H_q, T_q).
     """
-    q, k, v = autocast(q, k, v)
-    _check_qkv(q, k, v, 3)
-    cu_seqlens_q = validate.index_tensor("cu_seqlens_q", cu_seqlens_q, (-1,), q.device)
-    cu_seqlens_k = validate.index_tensor("cu_seqlens_k", cu_seqlens_k, (-1,), q.device)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.shape[0] < 1:
-        raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must both have batch + 1 entries, got"
-            f" {cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
-        )
-    packed = AttentionProblem(
-        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-    )  # fmt: skip
-    p = _problem(
-        packed, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k,
+    p = packed_problem(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         causal, window, scale, softcap, mask, bias, alibi_slopes, sinks, dropout_p,
     )  # fmt: skip
-    out, lse = _run(p, deterministic, backend)
+    out, lse = run(p, deterministic, backend)
     return (out, lse) if return_lse else out
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """torch.nn.functional's function of this name, signature and semantics, on fastattn's kernels.
-
-    Args:
-        query: (…, H_q, S_q, D); key: (…, H_k, S_k, D); value: (…, H_k, S_k, D_v). Leading
-            dimensions broadcast, heads among them; with `enable_gqa` H_q is a multiple of H_k.
-        attn_mask: bool (True = attend) or float (added, differentiable); broadcasts to
-            (…, H_q, S_q, S_k).
-        is_causal: query i sees keys j ≤ i: aligned top-left, unlike `attention`. Not together with
-            attn_mask.
-
-    Returns:
-        (…, H_q, S_q, D_v). A fully masked row gives 0, as torch's.
-
-    Raises:
-        As `attention`; ValueError also for `is_causal` with `attn_mask`, and for leading dimensions
-        that don't broadcast.
-    """
-    least = 3 if enable_gqa else 2
-    shapes = []
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if validate.tensor(name, t).dim() < least:
-            raise ValueError(
-                f"{name} must have at least {least} dimensions, got shape {tuple(t.shape)}"
-            )
-        shapes.append(t.shape[:-least])
-    validate.same_dtype_and_device(query=query, key=key, value=value)
-    if is_causal and attn_mask is not None:
-        raise ValueError("is_causal and attn_mask can't both be given")
-    try:
-        leading = torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        hint = "" if enable_gqa else "; enable_gqa=True allows fewer heads of key and value"
-        raise ValueError(
-            f"leading dimensions of query {tuple(query.shape)}, key {tuple(key.shape)} and value"
-            f" {tuple(value.shape)} don't broadcast{hint}"
-        ) from None
-    batch = leading if enable_gqa else leading[:-1]
-
-    def bshd(t: Tensor) -> Tensor:
-        heads = t.shape[-3] if enable_gqa else (leading or (1,))[-1]
-        t = t.expand(*batch, heads, *t.shape[-2:])
-        return t.reshape(math.prod(batch), *t.shape[-3:]).transpose(1, 2)
-
-    q, k, v = bshd(query), bshd(key), bshd(value)
-    window = (-1, -1)
-    if is_causal:
-        # Top-left is bottom-right once the keys nobody sees are cut off; queries past the last key
-        # see them all.
-        k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
-        window = (-1, q.shape[1] - k.shape[1])
-    mask = bias = None
-    if attn_mask is not None:
-        validate.tensor("attn_mask", attn_mask)
-        if attn_mask.dim() > 3 and len(batch) > 1:
-            attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:])
-            attn_mask = attn_mask.reshape(math.prod(batch), *attn_mask.shape[-3:])
-        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    out = attention(q, k, v, window=window, scale=scale, mask=mask, bias=bias, dropout_p=dropout_p)
-    shape = (*leading, query.shape[-3]) if enable_gqa else leading
-    return out.transpose(1, 2).reshape(*shape, query.shape[-2], value.shape[-1])
 
 
 def explain(
@@ -239,12 +150,9 @@ def explain(
 
     Raises TypeError or ValueError on bad arguments, as `attention` does.
     """
-    q, k, v = autocast(q, k, v)
-    _check_qkv(q, k, v, 4)
-    p = _problem(
-        AttentionProblem(q, k, v), q.shape[0], q.shape[1], k.shape[1],
-        causal, window, scale, softcap, mask, bias, alibi_slopes, sinks, dropout_p,
-    )  # fmt: skip
+    p = dense_problem(
+        q, k, v, causal, window, scale, softcap, mask, bias, alibi_slopes, sinks, dropout_p
+    )
     return backends.explain_problem(p, backend)
 
 
@@ -263,6 +171,44 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         return t.to(dtype) if narrow else t
 
     return tuple(cast(t) for t in tensors)
+
+
+# ---- from arguments to a problem, from a problem to a result ----
+
+
+def dense_problem(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> AttentionProblem:
+    """The checked problem of `attention`'s arguments, `causal` to `dropout_p` in its order."""
+    q, k, v = autocast(q, k, v)
+    _check_qkv(q, k, v, 4)
+    return _problem(AttentionProblem(q, k, v), q.shape[0], q.shape[1], k.shape[1], *options)
+
+
+def packed_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: Any,
+) -> AttentionProblem:
+    """The checked problem of `attention_varlen`'s arguments, like `dense_problem`."""
+    q, k, v = autocast(q, k, v)
+    _check_qkv(q, k, v, 3)
+    cu_seqlens_q = validate.index_tensor("cu_seqlens_q", cu_seqlens_q, (-1,), q.device)
+    cu_seqlens_k = validate.index_tensor("cu_seqlens_k", cu_seqlens_k, (-1,), q.device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.shape[0] < 1:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must both have batch + 1 entries, got"
+            f" {cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+        )
+    packed = AttentionProblem(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+    batch = cu_seqlens_q.shape[0] - 1
+    return _problem(packed, batch, max_seqlen_q, max_seqlen_k, *options)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, ndim: int) -> None:
@@ -324,12 +270,19 @@ def _problem(
     )
 
 
-def _run(
-    p: AttentionProblem, deterministic: bool | None, backend: str | None
+def with_seed(p: AttentionProblem) -> AttentionProblem:
+    """p with a fresh Philox key, where it has dropout and none yet."""
+    if p.dropout_p > 0 and p.seed is None:
+        return p._replace(seed=torch.randint(2**63 - 1, (), device=p.q.device))
+    return p
+
+
+def run(
+    p: AttentionProblem, deterministic: bool | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a checked problem, with autograd."""
     name = requested(backend)
-    if p.dropout_p > 0:
-        p = p._replace(seed=torch.randint(2**63 - 1, (), device=p.q.device))
+    p = with_seed(p)
     # The reference, all there is for fp64, runs as plain PyTorch, twice differentiable; but as an
     # operator, as the others, when it is compiled, for it looks into tensors.
     reference_asked = name == "reference" or (name is None and p.q.dtype == torch.float64)

@@ -255,11 +255,14 @@ def diagonal_distance(p: AttentionProblem) -> Tensor:
     return j - (i + seqlen_k - seqlen_q)
 
 
-def visible_keys(p: AttentionProblem) -> Tensor | None:
-    """Bool, broadcastable to (B, H_q, S_q, S_k); None if every key is visible to every query."""
+def visible_keys(p: AttentionProblem, distance: Tensor | None = None) -> Tensor | None:
+    """Bool, broadcastable to (B, H_q, S_q, S_k); None if every key is visible to every query.
+
+    `distance` is diagonal_distance(p), or that of the block of rows and keys that p stands for.
+    """
     visible = p.mask
     if p.window_left >= 0 or p.window_right >= 0:
-        distance = diagonal_distance(p)
+        distance = diagonal_distance(p) if distance is None else distance
         left = -p.window_left if p.window_left >= 0 else -torch.inf
         right = p.window_right if p.window_right >= 0 else torch.inf
         inside = (distance >= left) & (distance <= right)
@@ -271,7 +274,17 @@ def _scores(
     p: AttentionProblem, q: Tensor, k: Tensor, visible: Tensor | None
 ) -> tuple[Tensor, Tensor | float]:
     """s (B, H_q, S_q, S_k), −inf where not visible, and its derivative by scale · q · k."""
-    s = p.scale * _dot(q, k, visible)
+    s, slope = shaped_scores(p, p.scale * _dot(q, k, visible))
+    return s if visible is None else s.masked_fill(~visible, -torch.inf), slope
+
+
+def shaped_scores(
+    p: AttentionProblem, s: Tensor, distance: Tensor | None = None
+) -> tuple[Tensor, Tensor | float]:
+    """s = scale · q · k with p's softcap, bias and ALiBi, and its derivative by what it was.
+
+    `distance` as in `visible_keys`.
+    """
     slope: Tensor | float = 1.0
     if p.softcap > 0:
         t = torch.tanh(s / p.softcap)
@@ -279,9 +292,8 @@ def _scores(
     if p.bias is not None:
         s = s + p.bias.to(s.dtype)
     if p.alibi_slopes is not None:
-        s = s - p.alibi_slopes.to(s.dtype)[..., None, None] * diagonal_distance(p).abs()
-    if visible is not None:
-        s = s.masked_fill(~visible, -torch.inf)
+        distance = diagonal_distance(p) if distance is None else distance
+        s = s - p.alibi_slopes.to(s.dtype)[..., None, None] * distance.abs()
     return s, slope
 
 
