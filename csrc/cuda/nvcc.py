@@ -17,6 +17,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import wgmma
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda"
@@ -75,6 +77,7 @@ def build(
     assert nvcc is not None, "there is no nvcc"
     archs = architectures(nvcc)
     BUILD.mkdir(parents=True, exist_ok=True)
+    wgmma.write(BUILD / "wgmma.cuh")
     objects = [BUILD / f"{file.stem}.o" for file in sources()]
     edges = [
         f"build {_path(o)}: nvcc {_path(file)}\n  targets = {' '.join(targets(file, archs))}"
@@ -90,7 +93,7 @@ def build(
     defines = f'-DFASTATTN_BUILT_FOR="{";".join(map(str, archs))}"'
     rules = f"""
 rule nvcc
-  command = {nvcc} {" ".join(NVCC_FLAGS)} $targets -MD -MF $out.d -c $in -o $out $
+  command = {nvcc} {" ".join(NVCC_FLAGS)} -I. $targets -MD -MF $out.d -c $in -o $out $
     > $out.log 2>&1 || (cat $out.log; exit 1)
   depfile = $out.d
   deps = gcc

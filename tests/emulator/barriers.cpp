@@ -23,7 +23,7 @@ namespace {
 
 void complete(Block& b, Barrier& barrier) {
   if (options().races) {
-    if (static_cast<int>(barrier.waiting.size()) == b.live) {
+    if (static_cast<int>(barrier.waiting.size()) == b.live && !b.async.used) {
       enter_era(b);
     } else {
       if (barrier.era != b.era) barrier.released.forget_own();

@@ -46,7 +46,7 @@ void leave(Thread* self) {
     const int lane = __builtin_ctz(w.runnable);
     w.runnable &= w.runnable - 1;
     current = &w.lanes[lane];
-    fiber_switch(&self->fiber, &current->fiber);
+    if (current != self) fiber_switch(&self->fiber, &current->fiber);
   } else {
     current = nullptr;
     fiber_switch(&self->fiber, &scheduler);
@@ -83,8 +83,9 @@ void wait(const char* on, Site site) {
   self->waits_on = on;
   self->waits_at = site;
   yields = 0;
-  if (options().completion == Completion::kRandom && !self->copies.copies.empty()) {
-    complete_at_random(*self);
+  if (options().completion == Completion::kRandom) {
+    if (!self->copies.copies.empty()) complete_at_random(*self);
+    if (random_bits() % 4 == 0) complete_one(*self->block);
   }
   leave(self);
 }
@@ -98,6 +99,7 @@ void wake(Thread* t) {
 void yield_thread() {
   Thread* self = current;
   if (++yields > 1000000) fail(Site{}, "a million polls in a row, and no thread got on");
+  if (yields % 64 == 0) complete_one(*self->block);
   self->warp->polling |= 1u << self->lane;
   enqueue(self->warp);
   leave(self);
@@ -120,7 +122,14 @@ bool run_blocks(const std::vector<Block*>& blocks) {
   for (Block* b : blocks) {
     for (Warp& w : b->warp) enqueue(&w);
   }
-  while (ready_head < ready.size()) {
+  const auto complete_any = [&] {
+    for (Block* b : blocks) {
+      if (complete_one(*b)) return true;
+    }
+    return false;
+  };
+  while (ready_head < ready.size() || complete_any()) {
+    if (ready_head == ready.size()) continue;
     Warp* w = next_warp();
     w->runnable |= w->polling;
     w->polling = 0;
@@ -148,6 +157,8 @@ void thread_main() {
   Block& b = *self->block;
   plain_access_at = nullptr;
   if (!self->copies.copies.empty()) report(Site{}, "exits with a cp.async it hasn't waited for");
+  check_bulk_stores_at_exit(*self);
+  check_products_at_exit(*self);
   self->exited = true;
   --b.live;
   forget_exited_thread(b);
@@ -166,6 +177,8 @@ void start_block(Block& b, int64_t index, const std::function<void()>& body, uns
   b.index = index;
   b.live = b.threads;
   for (Barrier& barrier : b.barrier) barrier = Barrier();
+  b.mbarriers.clear();
+  b.async = AsyncProxy();
   for (int i = 0; i < b.threads; ++i) {
     Thread& t = b.thread[i];
     unsigned char* stack = stacks + i * stack_bytes;
@@ -184,6 +197,7 @@ void start_block(Block& b, int64_t index, const std::function<void()>& body, uns
     w.lanes = &b.thread[32 * i];
     w.runnable = 0xffffffffu;
   }
+  start_warpgroups(b);
   enter_era(b);
   if (options().races) b.shadow.reset("shared memory", b.shared_bytes, false);
 }

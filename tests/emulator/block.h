@@ -10,10 +10,14 @@
 #include <vector>
 
 #include "async_copy.h"
+#include "async_proxy.h"
+#include "bulk_copy.h"
 #include "clocks.h"
 #include "fiber.h"
+#include "mbarrier.h"
 #include "runtime.h"
 #include "shadow.h"
+#include "warpgroup.h"
 
 namespace emulator {
 
@@ -33,6 +37,8 @@ struct Thread {
   uint32_t clock;  // its releases in this era, from 1
   Knowledge known;
   PendingCopies copies;
+  BulkStores bulk_stores;
+  Products products;
 };
 
 enum class WarpOp { kNone, kShuffle, kBallot, kSyncWarp, kLdmatrix, kMma };
@@ -64,7 +70,10 @@ struct Block {
   int threads, live;
   std::vector<Thread> thread;
   std::vector<Warp> warp;
+  std::vector<Warpgroup> warpgroup;  // where threads are a multiple of 128
   Barrier barrier[16];
+  MBarriers mbarriers;
+  AsyncProxy async;
   uint32_t era;
   unsigned char* shared;  // aligned to 1024
   int shared_bytes;
@@ -81,7 +90,7 @@ void yield_thread();
 [[noreturn]] void abandon_launch();
 
 inline Observer observer(const Thread& t) {
-  return {t.block->era, t.id, t.clock, t.known.own.get()};
+  return {t.block->era, t.id, t.clock, t.known.own.get(), t.known.own.get()};
 }
 // A new era of the block's clocks.
 void enter_era(Block& b);

@@ -53,6 +53,9 @@ struct Knowledge {
   // Null in most kernels, as blocks seldom talk. A fence makes `fenced` of all that is known, an
   // atomic publishes that and adds what it finds to `acquired`, the next fence makes it known.
   std::shared_ptr<const OtherBlocks> others, fenced, acquired;
+  // What of `own` copies and products that run asynchronously may rely on as written: what they
+  // have written themselves, and what was there before a fence.proxy.async.
+  std::shared_ptr<const Clock> async{};
 };
 
 // Collects what several threads know.
@@ -60,24 +63,33 @@ class Join {
  public:
   // `thread` of the block releases: what it knows, and itself up to `clock`.
   void add(const Knowledge& known, int thread, uint32_t clock) {
-    if (known.own != nullptr && known.own.get() != last_) {
-      last_ = known.own.get();
-      join(&own_, *known.own);
-    }
-    if (own_.size() <= static_cast<size_t>(thread)) own_.resize(thread + 1);
-    own_[thread] = std::max(own_[thread], clock);
+    add(known);
+    add_to(&own_, thread, clock);
+  }
+  void add(const Knowledge& known) {
+    add_once(&own_, known.own, &last_);
+    add_once(&async_, known.async, &last_async_);
     add_others(known);
+  }
+  // What an asynchronous operation has done.
+  void add_async(int agent, uint32_t clock) {
+    add_to(&own_, agent, clock);
+    add_to(&async_, agent, clock);
   }
   void add_others(const Knowledge& known) {
     others_.add(known.others);
     fenced_.add(known.fenced);
     acquired_.add(known.acquired);
   }
-  void forget_own() { own_.clear(), last_ = nullptr; }  // a new era: all of it is known
+  void forget_own() {  // a new era: all of it is known
+    own_.clear(), last_ = nullptr;
+    async_.clear(), last_async_ = nullptr;
+  }
 
   Knowledge take() {
     Knowledge result;
     if (!own_.empty()) result.own = std::make_shared<const Clock>(std::move(own_));
+    if (!async_.empty()) result.async = std::make_shared<const Clock>(std::move(async_));
     result.others = others_.take();
     result.fenced = fenced_.take();
     result.acquired = acquired_.take();
@@ -86,6 +98,17 @@ class Join {
   }
 
  private:
+  static void add_to(Clock* clock, int thread, uint32_t count) {
+    if (clock->size() <= static_cast<size_t>(thread)) clock->resize(thread + 1);
+    (*clock)[thread] = std::max((*clock)[thread], count);
+  }
+  static void add_once(Clock* clock, const std::shared_ptr<const Clock>& other,
+                       const Clock** last) {
+    if (other == nullptr || other.get() == *last) return;
+    *last = other.get();
+    join(clock, *other);
+  }
+
   struct Others {
     OtherBlocks joined;
     const OtherBlocks* last = nullptr;  // just added: joining it again changes nothing
@@ -101,8 +124,8 @@ class Join {
     }
   };
 
-  Clock own_;
-  const Clock* last_ = nullptr;
+  Clock own_, async_;
+  const Clock *last_ = nullptr, *last_async_ = nullptr;  // just added
   Others others_, fenced_, acquired_;
 };
 

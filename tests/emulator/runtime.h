@@ -7,6 +7,7 @@
 #include <string>
 
 #include "site.h"
+#include "tensor_map.h"
 
 struct dim3 {
   unsigned x, y, z;
@@ -50,6 +51,37 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, S
 void cp_async(void* shared, const void* global, int bytes, Site site);
 void cp_async_commit();
 void cp_async_wait(int groups_left, Site site);
+
+// --- sm_90: mbarriers, bulk copies, products of a warpgroup --------------------------------------
+
+void mbarrier_init(void* barrier, int count, Site site);
+void mbarrier_arrive(void* barrier, Site site);
+void mbarrier_arrive_expect_tx(void* barrier, int bytes, Site site);
+void mbarrier_wait(void* barrier, int parity, Site site);
+
+void fence_proxy_async(Site site);
+// Boxes of a tensor whose first element has coordinates `at`, innermost first.
+void tma_load(void* tile, const CUtensorMap* map, void* barrier, const int (&at)[4], Site site);
+void tma_store(const CUtensorMap* map, const void* tile, const int (&at)[4], Site site);
+void tma_reduce_add(const CUtensorMap* map, const void* tile, const int (&at)[4], Site site);
+void bulk_commit();
+void bulk_wait(int groups_left, Site site);
+void bulk_wait_read(int groups_left, Site site);
+
+// A product's operands: 16-bit elements, as descriptors of tiles or, for A, registers.
+struct Operands {
+  Format format;
+  bool a_transposed, b_transposed;  // MN-major
+  const uint32_t* a;                // 4 registers, or null: a_tile
+  uint64_t a_tile, b_tile;
+  bool accumulate;
+};
+// d (64, n) = a (64, 16) · b (16, n), or += that: by the 128 threads of a warpgroup.
+void wgmma(float* d, int n, const Operands& operands, Site site);
+void wgmma_fence(Site site);
+void wgmma_commit();
+void wgmma_wait(int groups_left, Site site);
+void set_max_registers(int count, bool more, Site site);
 
 // --- global memory -------------------------------------------------------------------------------
 

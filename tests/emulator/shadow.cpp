@@ -1,8 +1,18 @@
 #include "shadow.h"
 
+#include <string>
+
 #include "report.h"
 
 namespace emulator {
+namespace {
+
+std::string name_of(int thread) {
+  if (thread >= kFirstAgent) return "an asynchronous operation";
+  return "thread " + std::to_string(thread);
+}
+
+}  // namespace
 
 void Shadow::reset(const char* name, size_t bytes, bool written) {
   name_ = name;
@@ -72,8 +82,9 @@ Shadow::Verdict Shadow::check(Record* r, Access access, const Observer& who) {
   if (r->copying != 0) {
     verdict = {Fault::kCopying, r->copying - 1};
   } else if (r->writer != 0 && !(access == Access::kAtomic && r->atomic) &&
-             !who.knows(stamp_thread(r->writer), stamp_clock(r->writer))) {
-    verdict = {Fault::kAfterWrite, stamp_thread(r->writer)};
+             !who.knows_written(stamp_thread(r->writer), stamp_clock(r->writer))) {
+    const bool unfenced = who.knows(stamp_thread(r->writer), stamp_clock(r->writer));
+    verdict = {unfenced ? Fault::kUnfenced : Fault::kAfterWrite, stamp_thread(r->writer)};
   }
   if (access == Access::kRead) {
     if (!r->written && verdict.fault == Fault::kNone) verdict = {Fault::kUninitialised, 0};
@@ -137,12 +148,16 @@ void Shadow::access(size_t offset, size_t bytes, Access access, const Observer& 
       report(site, "%s reads byte %zu of %s, which nobody has written", what, offset, name_);
       break;
     case Fault::kAfterWrite:
-      report(site, "race: %s of byte %zu of %s isn't ordered after the write of thread %d", what,
-             offset, name_, verdict.other);
+      report(site, "race: %s of byte %zu of %s isn't ordered after the write of %s", what, offset,
+             name_, name_of(verdict.other).c_str());
+      break;
+    case Fault::kUnfenced:
+      report(site, "race: %s of byte %zu of %s comes after the write of %s, without a proxy fence",
+             what, offset, name_, name_of(verdict.other).c_str());
       break;
     case Fault::kAfterRead:
-      report(site, "race: %s of byte %zu of %s isn't ordered after the read of thread %d", what,
-             offset, name_, verdict.other);
+      report(site, "race: %s of byte %zu of %s isn't ordered after the read of %s", what, offset,
+             name_, name_of(verdict.other).c_str());
       break;
   }
 }

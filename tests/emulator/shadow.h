@@ -14,16 +14,28 @@
 
 namespace emulator {
 
+// Asynchronous copies and products count as threads from here on.
+constexpr int kFirstAgent = 1024;
+
 // A thread as a shadow sees it.
 struct Observer {
   uint32_t era;
   int thread;
   uint32_t clock;
-  const Clock* known;  // of its block in this era; may be null
+  const Clock* known;          // of its block in this era; may be null
+  const Clock* known_written;  // what of it has been written for this observer
 
   bool knows(int other, uint32_t other_clock) const {
-    return other == thread || (known != nullptr && static_cast<size_t>(other) < known->size() &&
-                               (*known)[other] >= other_clock);
+    return other == thread || holds(known, other, other_clock);
+  }
+  bool knows_written(int other, uint32_t other_clock) const {
+    return other == thread || holds(known_written, other, other_clock);
+  }
+
+ private:
+  static bool holds(const Clock* clock, int other, uint32_t other_clock) {
+    return clock != nullptr && static_cast<size_t>(other) < clock->size() &&
+           (*clock)[other] >= other_clock;
   }
 };
 
@@ -61,7 +73,7 @@ class Shadow {
   void end_copy(size_t offset, size_t bytes, const Observer& who);
 
  private:
-  enum class Fault { kNone, kCopying, kUninitialised, kAfterWrite, kAfterRead };
+  enum class Fault { kNone, kCopying, kUninitialised, kAfterWrite, kUnfenced, kAfterRead };
   struct Verdict {
     Fault fault = Fault::kNone;
     int other = 0;  // thread

@@ -1,0 +1,50 @@
+// Tiles in shared memory as sm_90 copies and multiplies them.
+//
+// Columns lie in panels of 64: a row of a panel is 128 bytes, which TMA swizzles within groups of 8
+// rows, and wgmma reads through a descriptor of the first element and two strides.
+#pragma once
+
+#include "../block_range.h"
+#include "ptx_sm90.cuh"
+
+namespace fastattn::cuda {
+
+template <int kRows, int kCols>
+struct PanelTile {
+  static constexpr int kPanelCols = 64, kRowBytes = 128, kGroupBytes = 8 * kRowBytes;
+  static constexpr int kPanels = ceil_div(kCols, kPanelCols);
+  static constexpr int kPanelBytes = kRows * kRowBytes;
+  static constexpr int kBytes = kPanels * kPanelBytes;
+  static_assert(kRows % 8 == 0);
+  unsigned char* bytes;  // aligned to kGroupBytes
+
+  // As an operand whose rows, or columns of B, are rows row … of this tile, and whose k are columns
+  // 16·k ….
+  FASTATTN_DEVICE uint64_t rows(int row, int k) const {
+    return descriptor(bytes + k / 4 * kPanelBytes + row * kRowBytes + k % 4 * 32, 16);
+  }
+  // As an operand whose columns, or rows of A, are columns of this tile, and whose k are rows
+  // 16·k ….
+  FASTATTN_DEVICE uint64_t columns(int k) const {
+    return descriptor(bytes + 16 * k * kRowBytes, kPanelBytes);
+  }
+
+  // Rows first … of one head of a (B, S, H, D) tensor; `map` has boxes of (64, kRows).
+  FASTATTN_DEVICE void load(const CUtensorMap& map, uint64_t* barrier, int first, int head,
+                            int batch) const {
+#pragma unroll
+    for (int i = 0; i < kPanels; i++) {
+      ptx::tma_load(bytes + i * kPanelBytes, &map, barrier, kPanelCols * i, first, head, batch);
+    }
+  }
+
+ private:
+  // `panel_stride` leads from 64 columns to the next, where columns are not k; groups of 8 rows
+  // follow each other. 1 << 62 stands for the swizzle.
+  FASTATTN_DEVICE static uint64_t descriptor(const unsigned char* first, int panel_stride) {
+    return (ptx::shared_address(first) & 0x3ffff) >> 4 | uint64_t(panel_stride) >> 4 << 16 |
+           uint64_t(kGroupBytes) >> 4 << 32 | uint64_t{1} << 62;
+  }
+};
+
+}  // namespace fastattn::cuda
