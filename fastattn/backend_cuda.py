@@ -69,7 +69,7 @@ def refuses(p: Problem, asked: bool) -> str | None:
             return "it has not been proved on hardware yet; backend='cuda' asks for it"
     elif not asked:
         return "here it runs in the emulator, only if asked for by name"
-    elif first.device.type != "cpu":
+    elif first.is_cuda:
         return f"the tensors are on {first.device}, and the emulator takes those on the CPU"
     target = arch(first)
     return (None if library.emulated() else _no_image(target)) or _no_kernel(p, target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -152,9 +153,9 @@ CASES: tuple[Case, ...] = (
 
 
 def make_problem(
-    case: Case, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+    case: Case, dtype: torch.dtype, seed: int = 0, device: torch.device | str | None = None
 ) -> AttentionProblem:
-    """The case with standard normal inputs."""
+    """The case with standard normal inputs, on torch's default device if none is named."""
     rng = Normal(seed, device)
     heads_q, heads_k = case.heads
     batch, seqlen_q, seqlen_k = case.shape
@@ -187,7 +188,7 @@ def make_problem(
     if case.sinks:
         sinks = rng([heads_q])
     if case.dropout_p > 0:
-        philox_seed = torch.tensor((seed << 32) + 0x5EED_1234, device=device)
+        philox_seed = torch.tensor((seed << 32) + 0x5EED_1234, device=rng.device)
     problem = AttentionProblem(
         q,
         k,
@@ -206,22 +207,23 @@ def make_problem(
     if not case.packed:
         return problem
     return problem._replace(
-        cu_seqlens_q=_offsets(lengths_q, device),
-        cu_seqlens_k=_offsets(lengths_k, device),
+        cu_seqlens_q=_offsets(lengths_q, rng.device),
+        cu_seqlens_k=_offsets(lengths_k, rng.device),
         max_seqlen_q=seqlen_q,
         max_seqlen_k=seqlen_k,
     )
 
 
 class Normal:
-    """Standard normal tensors from one generator on the CPU."""
+    """Standard normal tensors from one generator on the CPU, brought to a device."""
 
-    def __init__(self, seed: int, device: torch.device | str) -> None:
+    def __init__(self, seed: int, device: torch.device | str | None) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.device = device
+        self.device = torch.get_default_device() if device is None else torch.device(device)
 
     def __call__(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, dtype)
+        x = torch.randn(shape, generator=self.generator, device="cpu")
+        return x.to(self.device, dtype)
 
 
 def _lay_out(
@@ -248,9 +250,8 @@ def _lay_out(
     return [rng(s, dtype) for s in shapes]
 
 
-def _offsets(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return offsets.to(device, torch.int32)
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 # --- cross-entropy --------------------------------------------------------------------------------
@@ -308,12 +309,15 @@ CE_CASES: tuple[CrossEntropyCase, ...] = (
 
 
 def make_cross_entropy_problem(
-    case: CrossEntropyCase, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+    case: CrossEntropyCase,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> CrossEntropyProblem:
     """The case with normal logits and uniform targets; every fifth class has weight 0."""
     rng = Normal(seed, device)
-    rows, vocab = case.rows, case.vocab
-    target = torch.randint(vocab, (rows,), generator=rng.generator).to(device)
+    rows, vocab, device = case.rows, case.vocab, rng.device
+    target = torch.randint(vocab, (rows,), generator=rng.generator, device="cpu").to(device)
     logits = case.spread * rng((rows, vocab + case.padding))
     logits[torch.arange(rows, device=device), target] += case.confidence
     offset = max(min(case.offset, 2.0**14), -(2.0**14)) if dtype == torch.float16 else case.offset

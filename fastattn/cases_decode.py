@@ -97,10 +97,11 @@ DECODE_CASES: tuple[DecodeCase, ...] = (
 
 
 def make_decode_problem(
-    case: DecodeCase, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+    case: DecodeCase, dtype: torch.dtype, seed: int = 0, device: torch.device | str | None = None
 ) -> DecodeProblem:
     """The case with standard normal inputs; NaN wherever the cache holds no key to attend to."""
     rng = Normal(seed, device)
+    device = rng.device
     heads_q, heads_k = case.heads
     batch = len(case.lengths)
     head_dim_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
@@ -109,9 +110,10 @@ def make_decode_problem(
     pages = -(-case.capacity // case.page_size) if case.page_size else 1  # of each sequence
     page_size = case.page_size or case.capacity
     rows = batch * pages + 2  # two that nobody uses
-    order = torch.randperm(rows, generator=rng.generator)[: batch * pages].view(batch, pages)
+    order = torch.randperm(rows, generator=rng.generator, device="cpu")
+    order = order[: batch * pages].view(batch, pages)
     if not case.page_size:
-        order = torch.tensor(case.batch_idx or range(batch)).view(batch, 1)
+        order = torch.tensor(case.batch_idx or range(batch), device="cpu").view(batch, 1)
         rows = rows if case.batch_idx else batch
     k_cache, v_cache = (
         torch.full((rows, page_size, heads_k, dim), torch.nan, dtype=dtype, device=device)
@@ -136,10 +138,11 @@ def make_decode_problem(
         k = rng((batch, case.seqlen_new, heads_k, case.head_dim), dtype)
         v = rng((batch, case.seqlen_new, heads_k, head_dim_v), dtype)
     if case.rotary_dim:
-        frequencies = 10000.0 ** -(torch.arange(0, case.rotary_dim, 2) / case.rotary_dim)
-        angles = torch.arange(case.capacity + case.seqlen_q)[:, None] * frequencies
+        positions = torch.arange(case.capacity + case.seqlen_q, device=device)
+        even = torch.arange(0, case.rotary_dim, 2, device=device)
+        angles = positions[:, None] * 10000.0 ** -(even / case.rotary_dim)
         table_dtype = torch.float32 if case.rotary_fp32 else dtype
-        cos, sin = (x.to(device, table_dtype) for x in (angles.cos(), angles.sin()))
+        cos, sin = angles.cos().to(table_dtype), angles.sin().to(table_dtype)
     alibi_shape = [{"b": batch, "h": heads_q}[axis] for axis in case.alibi]
     return DecodeProblem(
         rng((batch, case.seqlen_q, heads_q, case.head_dim), dtype),

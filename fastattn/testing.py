@@ -130,7 +130,7 @@ def to_float64(p: Problem) -> Problem:
 def random_like(x: Tensor, seed: int) -> Tensor:
     """Normal numbers to send back as the gradient of x: multiples of 1/64, exact in every dtype."""
     generator = torch.Generator().manual_seed(seed)
-    steps = torch.randn(x.shape, generator=generator).mul(64).round().clamp(-255, 255)
+    steps = torch.randn(x.shape, generator=generator, device="cpu").mul(64).round().clamp(-255, 255)
     return (steps / 64).to(x.device, x.dtype)
 
 

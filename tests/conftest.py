@@ -1,18 +1,30 @@
-"""Seeds every test, skips `gpu` tests without a device, and gives tests the backends to hold to."""
+"""Seeds every test, skips `gpu` tests without a device, and gives tests the backends to hold to.
+
+Tests with a `backend` argument make their tensors on torch's default device, which is where that
+backend's kernels want them.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import emulated
 import numpy as np
+import pretend_device
 import pytest
 import torch
+
+from fastattn import backends, library
 
 # The architectures that kernels are chosen by. Those of decoding and the losses are the same for
 # all of them but for how much shared memory there is.
 EMULATED = (80, 75)
+FOR_GPUS = ("cuda", "triton")
+
+# Deterministic algorithms, which `poisoned` asks for, need it of cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,32 +34,57 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="backends that tests with a `backend` argument run on; default: all there are here",
     )
+    parser.addoption(
+        "--device",
+        help="where tests with a `backend` argument make their tensors; default: a GPU, if there is"
+        " one, for backends of GPUs, else the CPU; `pretend` is tests/pretend_device.py's",
+    )
+
+
+def device_for(backend: str) -> str:
+    return "cuda" if backend in FOR_GPUS and torch.cuda.is_available() else "cpu"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` goes over the usable rows of the table for CPU tensors, and `emulated` tests' over
-    the emulated architectures too: as cuda-sm80, cuda-sm75."""
+    """`backend` goes over the table's rows that are usable here, and `emulated` tests' over the
+    emulated architectures too: as cuda-sm80, cuda-sm75. `--backend cuda` is a GPU where there is
+    one, and the emulator elsewhere."""
     if "backend" in metafunc.fixturenames:
-        from fastattn import backends
-
-        names = [r.name for r in backends.TABLE if r.name != "cuda" and r.unusable() is None]
+        names = [row.name for row in backends.TABLE if usable(row)]
         emulated_too = metafunc.definition.get_closest_marker("emulated") is not None
         if emulated_too and "threads" not in metafunc.fixturenames:  # threads are the CPU's
             names += [f"cuda-sm{arch}" for arch in EMULATED]
         if wanted := metafunc.config.getoption("--backend"):
-            names = [name for name in names if name in wanted or name.split("-")[0] in wanted]
-        slow = {f"cuda-sm{arch}" for arch in EMULATED[1:]}
-        params = [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in names]
-        metafunc.parametrize("backend", params, indirect=True)
+            whole = {name for name in wanted if name in names}
+            names = [n for n in names if n in wanted or n.split("-")[0] in set(wanted) - whole]
+        metafunc.parametrize(
+            "backend", [pytest.param(n, marks=marks_of(n)) for n in names], indirect=True
+        )
+
+
+def usable(row: backends.Backend) -> bool:
+    """Not the emulator, should this process have one: that is asked for by architecture."""
+    return row.unusable() is None and not (row.name == "cuda" and library.emulated())
+
+
+def marks_of(backend: str) -> list[pytest.MarkDecorator]:
+    if device_for(backend) == "cuda":
+        return [pytest.mark.gpu]
+    return [pytest.mark.slow] if backend in {f"cuda-sm{arch}" for arch in EMULATED[1:]} else []
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name that a public function's `backend` argument takes."""
+    device = request.config.getoption("--device") or device_for(request.param)
     name, _, arch = request.param.partition("-sm")
     if arch:
         emulate(int(arch), monkeypatch)
-    return name
+    if device == pretend_device.NAME:
+        pretend_device.register()
+    torch.set_default_device(None if device == "cpu" else device)
+    yield name
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=EMULATED, ids="sm{}".format)
@@ -74,7 +111,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fresh memory is full of NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
