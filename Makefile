@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.h)
 FORMATTED := $(VENV)/bin/clang-format --style=file $(CSRC) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
-.PHONY: setup build demo test test-all lint format sanitize gates bench clean
+.PHONY: setup build demo test test-all lint format sanitize gates gpu bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/fastattn demo
@@ -44,6 +44,12 @@ sanitize: setup
 gates: setup
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(PY) tests/gates.py
+
+# All that takes a GPU: needs torch with CUDA, nvcc and g++, and no network; of .venv if there is one, of PYTHON else.
+# PART=build|calibrate|test|sanitize|bench does only that; what passed before is not done again, but with AGAIN=1.
+gpu:
+	PYTHONPATH=.:tests $(or $(filter-out python3,$(PYTHON)),$(wildcard $(PY)),python3) -m gpu $(PART) \
+	  $(if $(AGAIN),--again) $(if $(RESULTS),--results $(RESULTS))
 
 setup: $(VENV)/.installed $(VENV)/.tools
 

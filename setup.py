@@ -21,10 +21,6 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 import nvcc  # noqa: E402
 
-# The LibTorch stable ABI as of torch 2.11: one library for every later torch and every Python.
-TORCH_TARGET = "0x020b000000000000"
-BINDINGS_FLAGS = ("-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}")
-
 
 def c_extension(cpp_extension):
     csrc = ROOT / "csrc"
@@ -37,7 +33,7 @@ def c_extension(cpp_extension):
     sanitize = os.environ.get("FASTATTN_SANITIZE", "")  # e.g. "address,undefined"
     compile_args = [
         "-O1" if sanitize else "-O2",
-        *BINDINGS_FLAGS,
+        *nvcc.BINDINGS_FLAGS,
         "-ffp-contract=off",
         "-Wall",
         "-Wextra",
@@ -78,13 +74,8 @@ def builder(torch, cpp_extension):
             if ext.name != "fastattn._cuda":
                 super().build_extension(ext)
                 return
-            flags = ["-O2", "-fPIC", "-Wall", *BINDINGS_FLAGS]
-            flags += [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
-            # libtorch.so brings libtorch_cuda.so along wherever torch is a CUDA build.
-            libraries = ["torch", "torch_cpu"] + (["torch_cuda"] if torch.version.cuda else [])
-            link = [f"-L{folder}" for folder in cpp_extension.library_paths()]
-            link += ["-Xlinker=--no-as-needed", *(f"-l{name}" for name in libraries)]
-            nvcc.build(Path(self.get_ext_fullpath(ext.name)).resolve(), flags, link)
+            library = Path(self.get_ext_fullpath(ext.name)).resolve()
+            nvcc.build(library, *nvcc.torch_flags(torch, cpp_extension))
 
     return BuildExtension
 

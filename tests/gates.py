@@ -100,11 +100,11 @@ def readable(symbols: list[str]) -> dict[str, str]:
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)")
 
 
-def find_cuobjdump() -> str | None:
-    """On PATH, beside nvcc, or from the packages nvidia-cuda-cuobjdump and -nvdisasm."""
+def find_tool(name: str) -> str | None:
+    """On PATH, beside nvcc, or from NVIDIA's packages, such as nvidia-cuda-cuobjdump."""
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
     folders = [str(Path(nvcc.find() or "").parent), *map(str, packages.glob("*/bin"))]
-    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=":".join(folders))
+    return shutil.which(name) or shutil.which(name, path=":".join(folders))
 
 
 def opcodes(cuobjdump: str, file: Path) -> dict[tuple[str, str], collections.Counter[str]]:
@@ -151,7 +151,7 @@ def main() -> int:
     if nvcc.find() is None:
         print("gates: skipped, there is no nvcc in CUDA_HOME or on PATH")
         return 0
-    cuobjdump = find_cuobjdump()
+    cuobjdump = find_tool("cuobjdump")
     count = failed = 0
     print(f"{'kernel':<64} {'arch':<8} {'regs':>4} {'smem':>6} {'HMMA':>5}")
     for log in nvcc.build(None):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -27,12 +26,17 @@ def drawn_seed() -> Tensor:
     return torch.randint(2**63 - 1, ())
 
 
-def skip_if_refused(p: backends.Problem, backend: str | None) -> None:
+def refusal(p: backends.Problem, backend: str | None) -> str | None:
     """sm_75 has no attention in bfloat16, as tests/test_cuda.py says."""
-    if backend == "cuda":
-        (row,) = (row for row in backends.TABLE if row.name == "cuda")
-        if (reason := row.refuses(p, asked=True)) is not None:
-            pytest.skip(reason)
+    rows = (row for row in backends.TABLE if row.name == backend == "cuda")
+    return next((row.refuses(p, asked=True) for row in rows), None)
+
+
+def skip_if_refused(p: backends.Problem, backend: str | None) -> None:
+    if (reason := refusal(p, backend)) is not None:
+        import pytest  # gpu/cases.py does without
+
+        pytest.skip(reason)
 
 
 def attention(p: AttentionProblem, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,14 @@ is needed here; torch headers are seen by csrc/bindings.cpp alone, which g++ com
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import wgmma
 
@@ -30,6 +33,9 @@ NVCC_FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
     "-Xfatbin=-compress-all",
 )
+# The LibTorch stable ABI as of torch 2.11: one library for every later torch and every Python.
+TORCH_TARGET = "0x020b000000000000"
+BINDINGS_FLAGS = ("-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}")
 
 
 def find() -> str | None:
@@ -69,6 +75,27 @@ def sources() -> list[Path]:
     return sorted(HERE.glob("*.cu"))
 
 
+def torch_flags(torch, cpp_extension) -> tuple[list[str], list[str]]:
+    """To compile the bindings with, and to link the library with."""
+    flags = ["-O2", "-fPIC", "-Wall", *BINDINGS_FLAGS]
+    flags += [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
+    # libtorch.so brings libtorch_cuda.so along wherever torch is a CUDA build.
+    libraries = ["torch", "torch_cpu"] + (["torch_cuda"] if torch.version.cuda else [])
+    link = [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    link += ["-Xlinker=--no-as-needed", *(f"-l{name}" for name in libraries)]
+    return flags, link
+
+
+class Step(NamedTuple):
+    """A command that makes `target`; compilers list what they have read in target.d."""
+
+    target: Path
+    inputs: list[Path]
+    command: list[str]
+    log: Path | None = None  # where its output goes
+    compiles: bool = True
+
+
 def build(
     library: Path | None, bindings_flags: Iterable[str] = (), link_flags: Iterable[str] = ()
 ) -> list[Path]:
@@ -78,47 +105,67 @@ def build(
     archs = architectures(nvcc)
     BUILD.mkdir(parents=True, exist_ok=True)
     wgmma.write(BUILD / "wgmma.cuh")
-    objects = [BUILD / f"{file.stem}.o" for file in sources()]
-    edges = [
-        f"build {_path(o)}: nvcc {_path(file)}\n  targets = {' '.join(targets(file, archs))}"
-        for o, file in zip(objects, sources(), strict=True)
-    ]
-    goals = list(objects)
+
+    def compiled(target: Path, source: Path, command: list[str], log: Path | None = None) -> Step:
+        reads = ["-MD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)]
+        return Step(target, [source], command + reads, log)
+
+    steps = []
+    for source in sources():
+        target = BUILD / f"{source.stem}.o"
+        command = [nvcc, *NVCC_FLAGS, f"-I{BUILD}", *targets(source, archs)]
+        steps.append(compiled(target, source, command, target.with_suffix(".o.log")))
+    logs = [step.log for step in steps if step.log]
     if library is not None:
-        bindings = BUILD / "bindings.o"
-        edges.append(f"build {_path(bindings)}: cxx {_path(ROOT / 'csrc' / 'bindings.cpp')}")
-        inputs = " ".join(map(_path, [bindings, *objects]))
-        goals = [BUILD / "library.so"]
-        edges.append(f"build {_path(goals[0])}: link {inputs}")
-    defines = f'-DFASTATTN_BUILT_FOR="{";".join(map(str, archs))}"'
-    rules = f"""
-rule nvcc
-  command = {nvcc} {" ".join(NVCC_FLAGS)} -I. $targets -MD -MF $out.d -c $in -o $out $
-    > $out.log 2>&1 || (cat $out.log; exit 1)
-  depfile = $out.d
-  deps = gcc
-rule cxx
-  command = {os.environ.get("CXX", "g++")} {" ".join(bindings_flags)} -DFASTATTN_CUDA -DUSE_CUDA $
-    '{defines}' -MD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule link
-  command = {nvcc} -shared -cudart=static -Xlinker=--exclude-libs=ALL $in -o $out $
-    {" ".join(link_flags)}
-"""
-    (BUILD / "build.ninja").write_text(rules + "\n".join(edges) + "\n")
-    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    command = [_ninja(), "-C", str(BUILD), *jobs, *map(str, goals)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+        defines = ["-DFASTATTN_CUDA", "-DUSE_CUDA"]
+        defines.append(f'-DFASTATTN_BUILT_FOR="{";".join(map(str, archs))}"')
+        command = [os.environ.get("CXX", "g++"), *bindings_flags, *defines]
+        steps.append(compiled(BUILD / "bindings.o", ROOT / "csrc" / "bindings.cpp", command))
+        objects = [step.target for step in steps]
+        linked = BUILD / "library.so"
+        link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+        link += [*map(str, objects), "-o", str(linked), *link_flags]
+        steps.append(Step(linked, objects, link, compiles=False))
+    _run(steps)
     if library is not None:
         library.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(goals[0], library)
-    return [o.with_suffix(".o.log") for o in objects]
+        shutil.copyfile(linked, library)
+    return logs
 
 
-def _ninja() -> str:
-    """The one of this Python's environment, active or not, or else the one on PATH."""
-    return shutil.which("ninja", path=str(Path(sys.executable).parent)) or "ninja"
+def _run(steps: list[Step]) -> None:
+    """By ninja, which does what is out of date; where there is none, all of them."""
+    jobs = int(os.environ.get("MAX_JOBS", 0))
+    # that of this Python's environment, active or not, comes first
+    ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
+    if ninja is None:
+        with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+            list(pool.map(_run_step, [step for step in steps if step.compiles]))
+        for step in steps:
+            if not step.compiles:
+                _run_step(step)
+        return
+    line = ["  command = $line", "  description = $out"]
+    lines = ["rule compile", *line, "  depfile = $out.d", "  deps = gcc", "rule link", *line]
+    for step in steps:
+        rule, inputs = "compile" if step.compiles else "link", " ".join(map(_path, step.inputs))
+        lines.append(f"build {_path(step.target)}: {rule} {inputs}")
+        lines.append(f"  line = {_shell_line(step).replace('$', '$$')}")
+    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
+    command = [ninja, "-C", str(BUILD), *(["-j", str(jobs)] if jobs else [])]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def _shell_line(step: Step) -> str:
+    line = shlex.join(step.command)
+    if step.log is None:
+        return line
+    log = shlex.quote(str(step.log))
+    return f"{line} > {log} 2>&1 || (cat {log}; exit 1)"
+
+
+def _run_step(step: Step) -> None:
+    subprocess.run(_shell_line(step), shell=True, check=True, stdout=sys.stderr)
 
 
 def _path(path: Path) -> str:
