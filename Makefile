@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.h)
 FORMATTED := $(VENV)/bin/clang-format --style=file $(CSRC) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
-.PHONY: setup build demo test test-all lint format sanitize gates gpu bench clean
+.PHONY: setup build demo test test-all lint format sanitize gates gpu bench bench-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/fastattn demo
@@ -29,8 +29,13 @@ format: setup
 	$(VENV)/bin/ruff format .
 	$(FORMATTED) -i
 
+# Every suite on the device at hand: half an hour on a CPU. BENCH="--quick" takes a minute.
 bench: $(VENV)/.installed
-	$(PY) -m benchmarks.bench_cpu
+	$(PY) -m benchmarks $(BENCH)
+
+# Ratios to PyTorch against the committed ones for this kind of machine. Under a minute.
+bench-check: $(VENV)/.installed
+	$(PY) -m benchmarks check
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; Python isn't instrumented, so their runtime is preloaded.
 SANITIZED := build/sanitize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-import runpy
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ COMMANDS = {
     "eval": "the exact loss of a trained model on a whole split",
     "generate": "continue a prompt",
     "export": "write a trained model in Hugging Face's layout",
-    "bench": "time the kernels against PyTorch's",
+    "bench": "time the kernels against PyTorch's and other packages'",
     "demo": "all of it in one go: check, prepare, train, compare, sample",
 }
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastattn: no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        run(name, rest)
+        return run(name, rest)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -49,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fastattn {name}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def usage() -> str:
@@ -62,17 +61,18 @@ def usage() -> str:
 With FASTATTN_TRACEBACK=1 an error shows where it came from."""
 
 
-def run(name: str, argv: list[str]) -> None:
+def run(name: str, argv: list[str]) -> int:
+    if name == "bench":
+        return bench(argv)
     if name == "info":
         info(argv)
-    elif name == "bench":
-        bench(argv)
     elif importlib.util.find_spec("tyro") is None:
         raise ImportError(f"`fastattn {name}` needs tyro: pip install 'fastattn[train]'")
     else:
         from . import commands
 
         commands.COMMANDS[name](argv)
+    return 0
 
 
 def info(argv: list[str]) -> None:
@@ -83,17 +83,20 @@ def info(argv: list[str]) -> None:
     print(f"usage: fastattn info\n\n{COMMANDS['info']}" if argv else report())
 
 
-def bench(argv: list[str]) -> None:
-    """Hand over to benchmarks/bench_cpu.py of the checkout this package is installed from."""
+def bench(argv: list[str]) -> int:
+    """Hand over to benchmarks/ of the checkout this package is installed from.
+
+    In a process of its own: threads are bound to cores when torch is loaded, which it is here.
+    """
     root = Path(__file__).resolve().parent.parent
-    if not (root / "benchmarks" / "bench_cpu.py").exists():
+    if not (root / "benchmarks" / "__main__.py").exists():
         raise FileNotFoundError(
             "the benchmarks are in the source repository, not in the package: get a checkout and "
-            "run `make bench` there, or python -m benchmarks.bench_cpu"
+            "run `make bench` there, or python -m benchmarks"
         )
-    sys.path.insert(0, str(root))
-    sys.argv = ["fastattn bench", *argv]
-    runpy.run_module("benchmarks.bench_cpu", run_name="__main__", alter_sys=True)
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "benchmarks", *argv]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from . import checkpoint, info, report, trainer
 from .attention import attention, explain
 from .data import prepare
+from .memory import peak_memory
 from .presets import PRESETS
 from .trainer import StepResult, Trainer
 
@@ -119,25 +119,6 @@ def compare_paths(trained: Trainer, steps: int = 5) -> str:
             )
     lines += ["", f"time: median of {steps - 1} steps taken in turn; memory: beyond what was held"]
     return "\n".join(lines)
-
-
-def peak_memory(function: Callable[[], object]) -> int | None:
-    """Bytes this process held at most during a call, above those before it; None off Linux."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark VmHWM to VmRSS
-        before = resident("VmHWM")
-        function()
-        return resident("VmHWM") - before
-    except OSError:
-        return None
-
-
-def resident(name: str) -> int:
-    """VmRSS or VmHWM, the memory held now or at most, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
 
 
 # ---- sample ------------------------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""What the device was measured to do at best in this run, and the least time that work can take.
+
+Matrix products: torch.mm of each dtype. In fp32 on a CPU also a loop of fused multiply-adds that
+never leaves the registers (fma_probe.cpp), because torch.mm's library may not be written for the
+processor at hand: a kernel may beat it, but not the registers. Memory: the faster of a streaming
+read and a copy (read and written bytes).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from . import CORES
+from .case import Call, Case
+from .device import Device
+
+SOURCE = Path(__file__).with_name("fma_probe.cpp")
+BUILT = Path(__file__).resolve().parent.parent / "build"
+SIZES = {"cpu": (2048, 256 << 20), "cuda": (8192, 2 << 30)}  # of matrices, of memory in bytes
+FMA_ROUNDS = 4_000_000  # about 30 ms
+
+
+class Ceilings:
+    """Best of the run so far, in FLOP/s by the dtype's name, and in B/s."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.gemm: dict[str, float] = {}
+        self.fma = 0.0  # fp32, all threads
+        self.memory = 0.0
+
+    def measure(self, dtypes: set[torch.dtype]) -> None:
+        on = self._device.torch_device
+        size, memory = SIZES[on.type]
+        for dtype in dtypes | {torch.float32}:
+            a, b, c = (torch.ones(size, size, dtype=dtype, device=on) for _ in range(3))
+            best = self._best(lambda a=a, b=b, c=c: torch.mm(a, b, out=c))
+            name = str(dtype).removeprefix("torch.")
+            self.gemm[name] = max(self.gemm.get(name, 0.0), 2 * size**3 / best)
+        big = torch.ones(memory // 4, device=on)
+        half, other = big[: big.numel() // 2], big[big.numel() // 2 :]
+        read = memory / self._best(lambda: torch.sum(big))
+        copied = memory / self._best(lambda: half.copy_(other))
+        self.memory = max(self.memory, read, copied)
+        if on.type == "cpu":
+            self.fma = max(self.fma, fma_flops(torch.get_num_threads()))
+
+    def _best(self, run) -> float:
+        call = {"": Call(run, lambda _: {})}
+        return min(self._device.times(call, cold=False)[""] for _ in range(4))
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """FLOP/s that no kernel should exceed. 16-bit kernels may widen to fp32."""
+        measured = self.gemm[str(dtype).removeprefix("torch.")]
+        return max(measured, self.gemm["float32"], self.fma)
+
+    def floor(self, case: Case) -> tuple[float, str] | None:
+        """The least seconds the case can take, and what limits it; None where nothing does."""
+        compute, memory = case.flops / self.flops(case.dtype), case.moved_bytes / self.memory
+        if not compute and not memory:
+            return None
+        return max((compute, "compute"), (memory, "memory"))
+
+    def document(self) -> dict:
+        return {"gemm_flops": self.gemm, "fma_flops": self.fma, "memory_bytes": self.memory}
+
+
+def fma_flops(threads: int) -> float:
+    """FLOP/s of `threads` cores' registers; 0 where there is no compiler."""
+    library = fma_library()
+    if library is None:
+        return 0.0
+
+    def work(number: int) -> tuple[float, float, float]:
+        if len(CORES) >= threads:  # a thread of its own has its own affinity
+            os.sched_setaffinity(0, {CORES[number]})
+        value = ctypes.c_float(0.0)
+        start = time.perf_counter()
+        flops = library.fma_probe(ctypes.c_long(FMA_ROUNDS), ctypes.byref(value))
+        return flops, start, time.perf_counter()
+
+    with ThreadPoolExecutor(threads) as pool:
+        done = list(pool.map(work, range(threads)))
+    return sum(flops / (end - start) for flops, start, end in done)
+
+
+@functools.cache
+def fma_library() -> ctypes.CDLL | None:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None
+    BUILT.mkdir(exist_ok=True)
+    stamp = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    library = BUILT / f"fma_probe-{stamp}.so"
+    if not library.exists():
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
+    found = ctypes.CDLL(str(library))
+    found.fma_probe.restype = ctypes.c_double
+    return found
+
+
+def pin_threads(threads: int | None) -> int:
+    """torch's threads, one a core. (`benchmarks/__main__.py` has OpenMP bind them.)"""
+    threads = threads or len(CORES) or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    return threads

@@ -1,0 +1,138 @@
+"""The command line: run the benchmarks, report, compare two runs, check against the committed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import compare, machine, report, results
+from .ceilings import pin_threads
+from .device import find
+from .runner import Plan, Run, matching
+from .show import Show, reasons, table
+from .suites import SUITES, cases, peers
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+COMMANDS = {"report": report.main, "compare": compare.main, "check": compare.check_main}
+SECONDS = {"cpu": 3.0, "cuda": 0.5}  # of timing, a case
+QUICK_SECONDS = 0.15
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
+        return run(argv)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is on disk", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="fastattn bench",
+        description="Time fastattn against its peers. `report`, `compare` and `check` are further "
+        "commands: `fastattn bench report --help`.",
+    )
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    p.add_argument("--suite", nargs="+", choices=SUITES, default=(), help="only these")
+    p.add_argument("--shape", default="", help="only cases whose names have all these words")
+    p.add_argument("--dtype", nargs="+", choices=DTYPES, default=(), help="only these")
+    p.add_argument("--backend", nargs="+", default=(), help="only these of fastattn's backends")
+    p.add_argument("--peer", nargs="+", default=(), help="only these peers: words of their names")
+    p.add_argument("--quick", action="store_true", help="small shapes, under a minute")
+    p.add_argument("--budget", type=float, help="seconds of the whole run; most telling first")
+    p.add_argument("--seconds", type=float, help="of timing, a case (default: cpu 3, cuda 0.5)")
+    p.add_argument("--threads", type=int, help="of the CPU; default: every core")
+    p.add_argument("--out", type=Path, help="the JSON file; default: benchmarks/results/…")
+    p.add_argument("--list", action="store_true", help="only list the cases and peers")
+    return p
+
+
+def run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    device = find(args.device)
+    kind = device.torch_device.type
+    threads = pin_threads(args.threads)
+    dtypes = [DTYPES[name] for name in args.dtype]
+    chosen = matching(cases(kind), suites=args.suite, shape=args.shape, dtypes=dtypes)
+    if args.quick:
+        chosen = [case for case in chosen if case.quick]
+    if not chosen:
+        raise ValueError("no case is left by these filters; --list without them shows all")
+    asked, named = choose_peers(args.backend, args.peer)
+    if args.list:
+        return list_all(chosen, asked, device)
+    stamp = machine.describe(device.torch_device)
+    out = args.out or results.RESULTS / stamp["kind"] / results.file_name(stamp)
+    plan = Plan(
+        device=device,
+        cases=chosen,
+        peers=asked,
+        seconds=args.seconds or (QUICK_SECONDS if args.quick else SECONDS[kind]),
+        out=out,
+        quick=args.quick,
+        budget=args.budget,
+        named=named,
+        options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+    )
+    with Show(len(chosen)) as show:
+        show.console.print(
+            f"{len(chosen)} cases on {stamp.get('gpu') or stamp['cpu']}, {threads} threads, torch"
+            f" {stamp['torch']}; each is on disk when done: {out}",
+            highlight=False,
+        )
+        bench = Run(plan)
+        complete = bench(show.begin, show.done)
+    order = sorted(bench.document["results"], key=lambda r: SUITES.index(r["suite"]))
+    show.console.print(table(order))
+    left_out = "\n".join(f"  {line}" for line in reasons(order))
+    print(f"\nLeft out, and of how many cases:\n{left_out}")
+    print(f"\nCeilings: {report.ceilings(bench.document)}")
+    pictures = report.draw(bench.document, out)
+    print(f"wrote {out} and {len(pictures)} pictures beside it")
+    if not complete:
+        left = len(chosen) - len(order)
+        print(f"the time budget of {args.budget:g} s left out {left} of {len(chosen)} cases")
+    return 0
+
+
+def choose_peers(backends: Sequence[str], words: Sequence[str]) -> tuple[list, frozenset[str]]:
+    """The peers that the filters leave, fastattn's always among them, and those named."""
+    every = peers()
+    named = {p.name for p in every for word in words if word.lower() in p.name.lower()}
+    if words and not named:
+        raise ValueError(f"no peer has {' or '.join(words)} in its name; --list shows all")
+    ours = {p.backend for p in every if p.backend}
+    if unknown := set(backends) - ours:
+        raise ValueError(f"no backend {', '.join(sorted(unknown))}; there are {', '.join(ours)}")
+    kept = []
+    for peer in every:
+        if peer.ours:
+            keep = not backends or peer.backend in (*backends, "package")
+        else:
+            keep = not words or peer.name in named
+        if keep:
+            kept.append(peer)
+    return kept, frozenset(named)
+
+
+def list_all(chosen, asked, device) -> int:
+    for case in sorted(chosen, key=lambda case: case.rank):
+        quick = "quick" if case.quick else ""
+        print(f"{case.rank} {case.suite:<20} {case.name:<48} {DTYPE_OF[case.dtype]:<5} {quick}")
+    print()
+    for name in dict.fromkeys(peer.name for peer in asked):
+        print(name)
+    return 0
+
+
+DTYPE_OF = {getattr(torch, name): short for short, name in DTYPES.items()}

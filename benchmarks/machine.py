@@ -1,0 +1,123 @@
+"""Everything a reader needs to judge figures: device, driver, ISA, threads, versions, commit."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastattn
+from fastattn import library
+from fastattn.flops import gpu_peak
+from fastattn.info import cpu_info, installed_version
+
+PACKAGES = [
+    "triton",
+    "flash-attn",
+    "flash-attn-4",
+    "xformers",
+    "flashinfer-python",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "transformers",
+    "numpy",
+]
+VARIABLES = ("FASTATTN_", "OMP_", "MKL_", "THP_", "CUDA_", "TORCH_", "PYTORCH_")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The stamp of a results file."""
+    info = cpu_info()
+    stamp: dict[str, Any] = {
+        "kind": "",
+        "device": device.type,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "cpu": " ".join((info.get("model name") or platform.processor() or "unknown").split()),
+        "logical_cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": isa(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "fastattn": fastattn.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "packages": {name: v for name in PACKAGES if (v := installed_version(name))},
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        peak = gpu_peak(properties.name)
+        stamp |= {
+            "gpu": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "sms": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver": nvidia_smi("driver_version"),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "data_sheet_flops": None if peak is None else peak.flops,
+        }
+    stamp["kind"] = kind(stamp)
+    return stamp
+
+
+def kind(stamp: dict[str, Any]) -> str:
+    """The folder of results that may be compared: "nvidia-h200", "amd-epyc-avx512-2-threads"."""
+    words = stamp.get("gpu") or f"{stamp['cpu']} {stamp['isa']} {stamp['threads']} threads"
+    words = re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*GHz", " ", words, flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def isa() -> str:
+    try:
+        return library.cpu_isa()
+    except RuntimeError:
+        return "none"
+
+
+def commit() -> str:
+    """The short hash, with a + behind it where sources differ from it."""
+    where = Path(__file__).parent
+    git = {"capture_output": True, "text": True, "cwd": where}
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git)  # type: ignore[call-overload]
+    if head.returncode:
+        return "unknown"
+    sources = ["..", ":!../benchmarks/results", ":!../docs", ":!../README.md"]
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno", *sources], **git)  # type: ignore[call-overload]
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def clocks(device: torch.device) -> dict[str, Any]:
+    """The clock rates now, in MHz; on a GPU also what it draws and how hot it is."""
+    if device.type == "cpu":
+        mhz = cpu_info().get("cpu MHz")
+        return {"cpu_mhz": None if mhz is None else float(mhz)}
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    names = ("sm_mhz", "memory_mhz", "watts", "celsius")
+    found = (nvidia_smi(fields) or "").split(",")
+    return dict(zip(names, [number(x) for x in found], strict=False))
+
+
+def number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def nvidia_smi(fields: str) -> str | None:
+    """A query about the first GPU, or None where there is no nvidia-smi."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

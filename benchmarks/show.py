@@ -1,0 +1,127 @@
+"""What a run shows: a progress bar above the table of what is done, or plain lines in a log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import results
+from .case import Case, short
+
+WIDTH = 140  # of a log
+LAST = 16  # results that the live table has
+
+
+class Show:
+    """Use as a context; `begin` before each case, `done` after it."""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        if not self.console.is_terminal:
+            self.console.width = WIDTH
+        self._done: list[dict] = []
+        bar = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*bar, TextColumn("{task.description}"), console=self.console)
+        self._task = self._progress.add_task("", total=total)
+        self._live: Live | None = None
+
+    def __enter__(self) -> Show:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def begin(self, case: Case) -> None:
+        text = f"{case.suite}  {case.name}  {short(case.dtype)}"
+        self._progress.update(self._task, description=text)
+        self._refresh()
+
+    def done(self, result: dict) -> None:
+        self._done.append(result)
+        self._progress.advance(self._task)
+        self._refresh()
+        if self._live is None:
+            self.console.print(line(result), soft_wrap=True, markup=False, highlight=False)
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(Group(table(self._done[-LAST:]), self._progress))
+
+
+def line(result: dict) -> str:
+    """One result in a log."""
+    where = f"{result['suite']:<20} {result['case']:<44} {short(result['dtype']):<5}"
+    mine = results.fastest(result, ours=True)
+    if mine is None:
+        ours = {name: p for name, p in result["peers"].items() if name.startswith("fastattn")}
+        return f"{where} ours can't: {'; '.join(reasons([{'peers': ours}]))}"
+    share = result["peers"][mine]["share_of_floor"]
+    error = results.error(result["peers"][mine])
+    words = [f"{milliseconds(results.median(result, mine))} ms"]
+    words += [f"{share:.0%} of the floor"] if share else []
+    words += [f"error {error:.1e}"] if error is not None else []
+    ratio = results.ratio(result)
+    words += [f"×{ratio:.2f} of {result['baseline']}"] if ratio else []
+    return f"{where} {', '.join(words)}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits: 0.0123, 1.23, 123."""
+    ms = 1e3 * seconds
+    return f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
+
+
+def reasons(found: Iterable[dict]) -> list[str]:
+    """Who could not take cases and why, a line a reason."""
+    names: dict[str, dict[str, int]] = {}  # by reason and peer: cases
+    for result in found:
+        for name, peer in result["peers"].items():
+            if "refused" in peer:
+                cases = names.setdefault(peer["refused"], {})
+                cases[name] = cases.get(name, 0) + 1
+    return [
+        f"{reason}: {', '.join(f'{name} ({n})' for name, n in cases.items())}"
+        for reason, cases in sorted(names.items())
+    ]
+
+
+def table(found: Iterable[dict]) -> Table:
+    """A row a peer, the fastest first."""
+    shown = Table(box=None, pad_edge=False)
+    for column in ("suite", "case", "dtype", "peer"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("ms", "quartiles", "floor", "error", "peak MiB", "× ours"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    before = ()
+    for result in found:
+        timed = results.timed(result)
+        mine = results.fastest(result, ours=True)
+        for name in sorted(timed, key=lambda name: results.median(result, name)):
+            here = results.key(result)
+            head = ("", "", "") if here == before else (*here[:2], short(here[2]))
+            before, ours = here, timed[name].get("ours", False)
+            cells = cells_of(result, name, mine)
+            shown.add_row(*head, name, *cells, style="bold" if ours else None)
+    return shown
+
+
+def cells_of(result: dict, name: str, mine: str | None) -> tuple[str, ...]:
+    peer, seconds = result["peers"][name], result["peers"][name]["seconds"]
+    share, error, peak = peer.get("share_of_floor"), results.error(peer), peer.get("peak_bytes")
+    times = None if mine is None else seconds["median"] / results.median(result, mine)
+    return (
+        milliseconds(seconds["median"]),
+        f"{milliseconds(seconds['lower'])}–{milliseconds(seconds['upper'])}",
+        "" if share is None else f"{share:.0%}",
+        "" if error is None else f"{error:.1e}",
+        "" if peak is None else f"{peak / 2**20:.1f}",
+        "" if times is None else f"{times:.2f}",
+    )

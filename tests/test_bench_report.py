@@ -1,0 +1,236 @@
+"""Results files and what is made of them: the schema, documents, comparisons, the command line."""
+
+import copy
+import io
+import json
+
+import pytest
+
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from benchmarks import cli, compare, plots, report, results, show
+from benchmarks.device import Cpu
+
+
+def seconds(median, spread=0.1):
+    low, high = median * (1 - spread), median * (1 + spread)
+    return {"median": median, "lower": low, "upper": high, "quiet_rounds": 5, "rounds": 9}
+
+
+def peer(median, error=1e-3, **more):
+    share = 1e-3 / median
+    found = {"seconds": seconds(median), "errors": {"out": error}, "peak_bytes": 1 << 20}
+    return found | {"share_of_floor": share} | more
+
+
+def result(case="S1024", suite="attention-fwd", ours=2e-3, theirs=4e-3, **more):
+    return {
+        "suite": suite,
+        "case": case,
+        "dtype": "bfloat16",
+        "rank": 0,
+        "baseline": "torch SDPA",
+        "flops": 1e9,
+        "moved_bytes": 1e6,
+        "tokens": None,
+        "floor_seconds": 1e-3,
+        "bound": "compute",
+        "peers": {
+            "fastattn cpu": peer(ours, ours=True),
+            "torch SDPA": peer(theirs),
+            "FlexAttention": {"refused": "no <such> thing"},
+        },
+    } | more
+
+
+def document(*found, kind="amd", date="2026-11-24T00:00:00+00:00", **more):
+    machine = {"kind": kind, "device": "cpu", "date": date, "commit": "abc", "cpu": "A CPU"}
+    machine |= {"threads": 2, "isa": "avx512", "torch": "2.13", "python": "3.11"}
+    ceilings = {"gemm_flops": {"float32": 2e11}, "fma_flops": 5e11, "memory_bytes": 3e10}
+    whole = {"version": 2, "complete": True, "seconds": 1.0, "options": {}, "machine": machine}
+    whole |= {"ceilings": ceilings, "clocks": [{"cpu_mhz": 2e3}], "results": list(found)}
+    return whole | more
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_written_files_read_back(tmp_path):
+    path = tmp_path / "amd" / "a.json"
+    results.write(path, document(result()))
+    assert results.read_all([tmp_path]) == [(path, document(result()))]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("machine", "threads"), "two", r"document.machine.threads has a str"),
+        (("ceilings",), {}, "document.ceilings has no gemm_flops"),
+        (("extra",), 1, "document has an unknown key extra"),
+        (("results", 0, "rank"), True, r"results\[0\].rank has a bool"),
+        (("results", 0, "peers", "torch SDPA", "seconds", "median"), None, "median has a NoneType"),
+        (("results",), {}, "must be a list"),
+    ],
+)
+def test_what_is_not_as_the_schema_has_it_is_refused(place, value, message, tmp_path):
+    bad = document(result())
+    *path, last = place
+    inner = bad
+    for step in path:
+        inner = inner[step]
+    inner[last] = value
+    with pytest.raises(ValueError, match=message):
+        results.write(tmp_path / "bad.json", bad)
+    (tmp_path / "bad.json").write_text(json.dumps(bad))
+    with pytest.raises(ValueError, match="is no results file"):
+        results.read(tmp_path / "bad.json")
+
+
+def test_committed_results_are_readable():
+    assert results.read_all([results.RESULTS])
+
+
+def test_newer_files_replace_the_cases_they_have():
+    old = document(result("a", ours=1.0), result("b"), date="2026-01-01")
+    new = document(result("a"), date="2026-02-01")
+    other = document(result("a"), kind="h200", date="2026-01-15")
+    kinds = results.by_kind([("old", old), ("other", other), ("new", new)])
+    assert {kind: [path for path, _ in files] for kind, files in kinds.items()} == {
+        "amd": ["new", "old"],
+        "h200": ["other"],
+    }
+    assert [r["case"] for r in kinds["amd"][1][1]["results"]] == ["b"]
+
+
+# ---- documents -----------------------------------------------------------------------------------
+
+
+def test_tables_say_where_peers_are_faster():
+    found = [result("fast"), result("slow", ours=4e-3, theirs=2e-3)]
+    assert report.faster_peers(found) == ["slow bf16: torch SDPA is 2.00× faster"]
+    refused = result("no")
+    refused["peers"]["fastattn cpu"] = {"refused": "not yet"}
+    assert report.faster_peers([refused]) == ["no bf16: torch SDPA takes it, ours does not"]
+    assert report.reached(found) == "25–50 %"
+
+
+def test_the_readme_gets_its_table(tmp_path):
+    kinds = results.by_kind([(tmp_path / "a.json", document(result(), result("minor", rank=1)))])
+    text = report.in_readme(f"before{report.BEGIN}old{report.END}after", kinds)
+    assert text.startswith("before") and text.endswith("after") and "old" not in text
+    assert "| attention-fwd | S1024 | bf16 | 2 | 4 | **2.00** | 50% | 1.0e-03 | 1.0e-03 |" in text
+    assert "minor" not in text and "registers 0.5" in text and "memory 30 GB/s" in text
+
+
+def test_the_performance_page_has_everything(tmp_path):
+    train = result("GPT", "train-step", tokens=1000)
+    path = tmp_path / "a.json"
+    pictures = plots.draw(document(result(), train), path)
+    assert [p.name for p in pictures] == ["a-attention-fwd.png", "a-train-step.png"]
+    text = report.performance_page(results.by_kind([(path, document(result(), train))]))
+    assert "## A CPU, 2 threads, avx512" in text and "### train-step" in text
+    assert "a-attention-fwd.png" in text and "multiply-add ports" in text
+    assert "500,000 tokens/s, 0.5 TFLOP/s, MFU 50.0%" in text
+    assert "no <such> thing: FlexAttention (1)" in text and "No peer here is faster." in text
+
+
+def test_one_page_holds_all_of_it(tmp_path):
+    path = tmp_path / "r" / "a.json"
+    results.write(path, document(result()))
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(tmp_path / "r"), "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "<svg" in text and "no &lt;such&gt; thing" in text
+    assert "src=" not in text and "http://" not in text.replace("http://www.w3.org", "")
+
+
+def test_committed_documents_are_what_the_results_say(capsys):
+    assert cli.main(["report", "--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_run_is_shown_line_by_line_in_a_log():
+    text = io.StringIO()
+    with show.Show(1, Console(file=text)) as shown:
+        shown.done(result())
+    assert "2 ms, 50% of the floor, error 1.0e-03, ×2.00 of torch SDPA" in text.getvalue()
+    shown.console.print(show.table([result()]))
+    assert "torch SDPA" in text.getvalue()
+    refused = copy.deepcopy(result())
+    refused["peers"]["fastattn cpu"] = {"refused": "not yet"}
+    assert "ours can't: not yet: fastattn cpu (1)" in show.line(refused)
+
+
+def test_a_run_is_shown_live_on_a_terminal():
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=120)
+    with show.Show(1, console) as shown:
+        shown.done(result())
+    assert "1/1" in text.getvalue() and "fastattn cpu" in text.getvalue()
+
+
+# ---- comparisons ---------------------------------------------------------------------------------
+
+
+def test_compare_tells_what_changed_beyond_the_noise(tmp_path, capsys):
+    before = document(result("a"), result("b"), result("gone"))
+    after = document(result("a", ours=3e-3), result("b", ours=2.1e-3, theirs=3.9e-3))
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for path, each in zip(paths, (before, after), strict=True):
+        results.write(tmp_path / path, each)
+    assert cli.main(["compare", *paths]) == 0
+    out = capsys.readouterr().out
+    assert "1.50× slower" in out and "1 of 4 times changed" in out
+
+
+def test_check_compares_ratios(monkeypatch, tmp_path, capsys):
+    known = {results.key(r): r for r in [result("a"), result("b")]}
+    twice_as_slow_machine = document(result("a", ours=4e-3, theirs=8e-3))
+    assert compare.verdicts(known, twice_as_slow_machine, 0.25)[1] == 0
+    lines, failed = compare.verdicts(known, document(result("a", ours=3e-3), result("new")), 0.25)
+    assert failed == 1 and len(lines) == 1 and "2.00 → 1.33  FELL" in lines[0]
+    assert compare.verdicts(known, document(result("a", ours=3e-3)), 0.5)[1] == 0
+    results.write(tmp_path / "other.json", document(result(), kind="another machine"))
+    assert cli.main(["check", "--against", str(tmp_path)]) == 0
+    assert "nothing to compare with" in capsys.readouterr().out
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def test_a_run_from_the_command_line(monkeypatch, tmp_path, capsys):
+    from benchmarks import ceilings
+
+    monkeypatch.setattr(ceilings, "SIZES", {"cpu": (64, 1 << 20)})
+    monkeypatch.setattr(ceilings, "FMA_ROUNDS", 1000)
+    out = tmp_path / "run.json"
+    filters = ["--suite", "decode", "--dtype", "bf16", "--peer", "folded", "--seconds", "0.01"]
+    assert cli.main(["--device", "cpu", "--quick", *filters, "--out", str(out)]) == 0
+    (found,) = results.read(out)["results"]
+    assert set(results.timed(found)) == {"fastattn cpu", "torch SDPA, group folded"}
+    printed = capsys.readouterr().out
+    assert "of the floor" in printed and "Ceilings" in printed and "pictures" in printed
+    assert (tmp_path / "run-decode.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--shape", "S3"], "no case is left"),
+        (["--peer", "nobody"], "no peer has nobody"),
+        (["--backend", "tpu"], "no backend tpu"),
+        (["compare", "a.json", "b.json"], "a.json"),
+        (["report", "."], "no results file"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "find", lambda kind: Cpu())
+    assert cli.main(argv) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert cli.main(["--device", "cpu", "--list", "--suite", "decode"]) == 0
+    assert "0 decode               B8 H32/8 keys 4096 D128" in capsys.readouterr().out

@@ -1,0 +1,184 @@
+"""A run: what is refused, what lands on disk, what a time budget leaves out."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from benchmarks import ceilings, machine, results
+from benchmarks.case import Call, Case, Peer
+from benchmarks.device import Cpu
+from benchmarks.runner import Plan, Run, matching, reason_of
+
+SUITE = frozenset({"decode"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Double(Case):
+    """2 · x."""
+
+    suite: str = "decode"
+    dtype: torch.dtype = torch.float32
+    number: int = 1
+    once: bool = False
+
+    @property
+    def name(self):
+        return f"N{self.number}"
+
+    @property
+    def flops(self):
+        return 1e6
+
+    def inputs(self, device):
+        return {"x": torch.arange(8.0)}
+
+    def exact(self, inputs):
+        return {"out": 2 * inputs["x"].double()}
+
+    def parts(self, name, result):
+        return result
+
+
+def peer(name, function, **options):
+    def prepare(case, inputs):
+        return Call(lambda: function(inputs["x"]), lambda out: {"out": out}, facts={"bytes": 7})
+
+    return Peer(name=name, suites=SUITE, prepare=prepare, **options)
+
+
+def fails(x):
+    raise RuntimeError("no kernel\nfor this")
+
+
+PEERS = [
+    peer("fastattn cpu", lambda x: 2 * x, backend="cpu"),
+    peer("torch", lambda x: x + x),
+    peer("nearly", lambda x: 2 * x + 0.01),
+    peer("wrong", lambda x: 3 * x),
+    peer("nan", lambda x: x * torch.nan),
+    peer("fails", fails),
+    peer("absent", lambda x: x, module="no_such_package"),
+    peer("elsewhere", lambda x: x, devices=("cuda",)),
+    peer("compiles", lambda x: 2 * x, compiles=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    def measure(self, dtypes):
+        self.gemm, self.memory = {"float32": 1e9}, 1e9
+
+    monkeypatch.setattr(ceilings.Ceilings, "measure", measure)
+
+
+def plan(tmp_path, cases, **options):
+    options = {"seconds": 0.001, "peers": PEERS} | options
+    return Plan(Cpu(), cases, out=tmp_path / "kind" / "run.json", **options)
+
+
+def test_each_peer_is_timed_or_told_why_not(tmp_path):
+    run = Run(plan(tmp_path, [Double()], quick=True))
+    assert run()
+    document = results.read(tmp_path / "kind" / "run.json")
+    (result,) = document["results"]
+    refused = {name: p["refused"] for name, p in result["peers"].items() if "refused" in p}
+    assert refused == {
+        "wrong": "wrong: the error of out is 7, its largest 14",
+        "nan": "wrong: the error of out is inf, its largest 14",
+        "fails": "no kernel",
+        "absent": "not installed",
+        "elsewhere": "not for cpu",
+        "compiles": "compiles: in a quick run only if named by --peer",
+    }
+    assert set(results.timed(result)) == {"fastattn cpu", "torch", "nearly"}
+    assert result["peers"]["nearly"]["errors"]["out"] == pytest.approx(0.01, rel=1e-3)
+    assert result["floor_seconds"] == 1e-3 and result["bound"] == "compute"
+    ours = result["peers"]["fastattn cpu"]
+    assert ours["ours"] and ours["share_of_floor"] == 1e-3 / ours["seconds"]["median"]
+    assert results.ratio(result) == pytest.approx(
+        result["peers"]["torch"]["seconds"]["median"] / ours["seconds"]["median"]
+    )
+    assert document["complete"] and document["clocks"]
+
+
+def test_compiling_peers_join_if_named(tmp_path):
+    run = Run(plan(tmp_path, [Double()], quick=True, named=frozenset({"compiles"})))
+    run()
+    assert "compiles" in results.timed(run.document["results"][0])
+
+
+def test_every_finished_case_is_on_disk_when_a_run_is_cut(tmp_path):
+    cases = [Double(number=n) for n in range(3)]
+    seen = []
+
+    def begin(case):
+        if case.number == 2:
+            seen.append(results.read(tmp_path / "kind" / "run.json"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(plan(tmp_path, cases))(begin)
+    assert [r["case"] for r in seen[0]["results"]] == ["N0", "N1"]
+    assert not seen[0]["complete"]
+    assert results.timed(seen[0]["results"][1])["torch"]["share_of_floor"] > 0
+
+
+def test_a_budget_takes_the_most_telling_first_and_stops_in_time(tmp_path):
+    now = iter(range(0, 10_000, 1)).__next__
+    cases = [Double(number=n, rank=rank) for n, rank in ((1, 2), (2, 0), (3, 1), (4, 0))]
+    run = Run(plan(tmp_path, cases, budget=60.0), now=lambda: float(now()))
+    assert not run()
+    names = [r["case"] for r in run.document["results"]]
+    assert names[:2] == ["N2", "N4"] and 2 <= len(names) < 4
+    assert run.document["seconds"] < 90
+    telling, other = run.document["results"][0], run.document["results"][-1]
+    assert "rank 0" not in telling["peers"]["compiles"].get("refused", "")
+    if len(names) > 2:
+        assert "rank 0" in other["peers"]["compiles"]["refused"]
+
+
+def test_a_slow_peer_is_left_out_but_never_ours_or_the_baseline(tmp_path):
+    now = iter(range(10_000)).__next__  # every call takes a second
+    run = Run(plan(tmp_path, [Double()]), now=lambda: float(now()))
+    run()
+    found = run.document["results"][0]["peers"]
+    assert found["nearly"]["refused"].startswith("too slow for this run: 1 s a call")
+    assert "seconds" in found["torch"] and "seconds" in found["fastattn cpu"]
+
+
+def test_what_takes_too_long_to_repeat_is_done_once(tmp_path):
+    run = Run(plan(tmp_path, [Double(once=True)], peers=PEERS[:1]))
+    run()
+    ours = run.document["results"][0]["peers"]["fastattn cpu"]
+    assert ours["seconds"]["rounds"] == 1 and ours["facts"] == {"bytes": 7}
+
+
+def test_reasons_are_one_line():
+    assert reason_of(RuntimeError("\n  first\nsecond")) == "first"
+    assert reason_of(KeyError()) == "KeyError"
+    assert reason_of(torch.OutOfMemoryError("tried to allocate")) == "out of memory"
+    assert len(reason_of(ValueError("x" * 999))) == 160
+
+
+def test_filters():
+    cases = [Double(number=n, suite=suite) for n in (1, 12) for suite in ("decode", "varlen")]
+    assert [c.suite for c in matching(cases, shape="n1")] == ["decode", "varlen"]
+    assert [c.number for c in matching(cases, suites=("decode",))] == [1, 12]
+    assert matching(cases, dtypes=("bfloat16",)) == []
+
+
+def test_the_machine_is_stamped():
+    stamp = machine.describe(torch.device("cpu"))
+    assert stamp["threads"] == torch.get_num_threads() and stamp["torch"] == torch.__version__
+    words = {"cpu": "Intel(R) Xeon(R) Processor @ 2.80GHz", "isa": "avx512", "threads": 2}
+    assert machine.kind(words) == "intel-xeon-avx512-2-threads"
+    assert machine.kind({"gpu": "NVIDIA H200"}) == "nvidia-h200"
+
+
+def test_gpu_clocks_are_what_nvidia_smi_says(monkeypatch):
+    monkeypatch.setattr(machine, "nvidia_smi", lambda fields: "1980, 3201, 612.44, [N/A]")
+    found = machine.clocks(torch.device("cuda"))
+    assert found == {"sm_mhz": 1980.0, "memory_mhz": 3201.0, "watts": 612.44, "celsius": None}
+    monkeypatch.setattr(machine, "nvidia_smi", lambda fields: None)
+    assert machine.clocks(torch.device("cuda")) == {"sm_mhz": None}
