@@ -1,0 +1,172 @@
+"""The attention function that `register` puts under transformers' models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import attention, attention_decode, attention_varlen
+from ...attention import autocast
+from ...autograd import wants_gradient
+from .masks import Packed, Visible
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Packed | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    output_attentions: bool | None = None,
+    cache: Any = None,
+    head_mask: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface.
+
+    Args:
+        module: the layer; its `is_causal` holds where the argument is None.
+        query: (B, H_q, S_q, D); key: (B, H_k, S_k, D); value: (B, H_k, S_k, D_v): KV heads are not
+            repeated.
+        attention_mask: what `masks.attention_mask` made, or a user's 4-D mask, bool (True = attend)
+            or float (added). A tensor is complete: neither causality nor a window comes on top.
+            With None a causal layer is causal, aligned top-left as sdpa: keys past the queries,
+            which a static cache has, are not seen. A single query sees all keys.
+        sliding_window: for `cu_seq_lens_*`; masks bring their own.
+        s_aux: (H_q,), the sinks. position_bias: (1 or B, H_q, S_q, S_k), added to the scores.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed sequences, as the
+            flattening data collator gives them, all or none; they stand in place of a mask.
+
+    Returns:
+        (B, S_q, H_q, D_v), contiguous, and None for the weights.
+
+    Raises:
+        ValueError: weights, a head mask or a paged cache is asked for; a mask is neither 4-D nor
+            of the keys' length; padding comes with packed sequences; and as fastattn.attention.
+    """
+    _refuse(output_attentions=output_attentions, head_mask=head_mask, cache=cache)
+    q, k, v = (t.transpose(1, 2) for t in autocast(query, key, value))  # (B, S, H, D)
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    seen = attention_mask
+    if cu_seq_lens_q is not None:
+        window = _packed_window(seen, causal, sliding_window)
+        if cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
+            raise ValueError("cu_seq_lens_q needs cu_seq_lens_k, max_length_q and max_length_k too")
+        seen = Packed((cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), window)
+    if isinstance(seen, Packed):
+        if position_bias is not None:
+            raise ValueError("position_bias can't be given with packed sequences")
+        out = _packed(q, k, v, seen, dropout_p=dropout, **options)
+    elif isinstance(seen, Tensor):
+        mask, bias = _dense(seen, position_bias, k.shape[1])
+        out = attention(q, k, v, mask=mask, bias=bias, dropout_p=dropout, **options)
+    else:
+        if seen is None:
+            causal = causal and q.shape[1] > 1
+            if causal and k.shape[1] > q.shape[1]:  # top-left, as sdpa: a static cache's prefill
+                k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+            seen = Visible(k.shape[1], (-1, 0 if causal else -1))
+        bias = None if position_bias is None else position_bias[..., : k.shape[1]]
+        out = _visible(q, k, v, seen, bias, dropout, options)
+    return out, None
+
+
+def _visible(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Visible,
+    bias: Tensor | None,
+    dropout: float,
+    options: dict[str, Any],
+) -> Tensor:
+    if seen.kv_length != k.shape[1]:
+        raise ValueError(
+            f"the mask was made for {seen.kv_length} keys, but this layer has {k.shape[1]}"
+        )
+    inference = not wants_gradient(q, k, v, options["sinks"]) and bias is None and dropout == 0
+    if q.shape[1] == 1 and seen.keys is None and inference:
+        lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+        return attention_decode(
+            q, k, v, cache_seqlens=lengths, cache_leftpad=seen.left_padding, window=seen.window,
+            **options,
+        )  # fmt: skip
+    keys = seen.keys
+    if seen.left_padding is not None:
+        keys = torch.arange(k.shape[1], device=q.device) >= seen.left_padding[:, None]
+    mask = None if keys is None else keys[:, None, None, :]
+    return attention(
+        q, k, v, window=seen.window, mask=mask, bias=bias, dropout_p=dropout, **options
+    )
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, seen: Packed, **options: Any) -> Tensor:
+    """Rows of the batch are laid one after the other."""
+    cu_seqlens_q, cu_seqlens_k = (t.int() for t in seen.cu_seqlens)
+    out = attention_varlen(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q, cu_seqlens_k,
+        *seen.max_seqlens, window=seen.window, **options,
+    )  # fmt: skip
+    return out.unflatten(0, q.shape[:2])
+
+
+def _packed_window(
+    seen: Visible | Packed | Tensor | None, causal: bool, sliding_window: int | None
+) -> tuple[int, int]:
+    """The window inside sequences whose offsets the caller gave, with the mask of the layer."""
+    if isinstance(seen, Visible):
+        if seen.keys is not None or seen.left_padding is not None:
+            raise ValueError("attention_mask has padding, but cu_seq_lens_q says there is none")
+        return seen.window
+    if isinstance(seen, Packed):
+        return seen.window
+    if seen is not None and not torch.compiler.is_compiling():  # which makes position_ids a mask
+        raise ValueError("attention_mask and cu_seq_lens_q can't both be given")
+    left = -1 if sliding_window is None else sliding_window - causal
+    return left, 0 if causal else left
+
+
+def _dense(
+    given: Tensor, position_bias: Tensor | None, kv_length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(mask, bias) of a complete mask, bool or float, perhaps of more keys than there are."""
+    if given.dim() != 4:
+        raise ValueError(
+            f"attention_mask must be 4-D when it reaches a layer, got shape {tuple(given.shape)}:"
+            " this model makes no mask of it for attn_implementation='fastattn'"
+        )
+    given = given[..., :kv_length]
+    bias = None if position_bias is None else position_bias[..., :kv_length]
+    if given.dtype == torch.bool:
+        return given, bias
+    return None, given if bias is None else given + bias
+
+
+_REFUSALS = {
+    "output_attentions": "the weights never exist as a whole",
+    "head_mask": "heads can't be switched off",
+    "cache": "continuous batching's paged cache isn't supported",
+}
+
+
+def _refuse(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{name} can't be had with attn_implementation='fastattn' ({_REFUSALS[name]});"
+                " model.set_attn_implementation('eager') does without"
+            )

@@ -1,0 +1,204 @@
+"""What transformers asks of a mask, said in numbers as far as it can be.
+
+transformers hands over a function of (batch, head, query, key), the padding and the lengths, once a
+forward pass. sdpa makes a (B, 1, S_q, S_k) tensor of it as soon as anything but plain causal is
+wanted. Here it becomes, in this order:
+
+* None where nothing needs saying: all keys, or, if the layer is causal, those up to the query;
+* `Visible`: a window, the keys that are no padding, or the first one that is none;
+* `Packed`: offsets of the sequences that `position_ids` tell apart;
+* sdpa's own tensor for the rest: chunks, static caches, a model's own mask functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+)
+
+
+class Visible(NamedTuple):
+    """The keys that a query sees: those in the window that are no padding."""
+
+    kv_length: int
+    window: tuple[int, int]  # as fastattn.attention's: bottom-right aligned, -1 = unlimited
+    keys: Tensor | None = None  # (B, kv_length) bool, False = padding
+    left_padding: Tensor | None = None  # (B,) int32: all keys from here on are visible; or `keys`
+
+    # Before it fills a static cache, generate() makes the mask, makes it contiguous and hands it to
+    # the model, which comes back to `attention_mask` with what has not 2 dimensions.
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def contiguous(self) -> Visible:
+        return self
+
+
+class Packed(NamedTuple):
+    """Sequences that lie one after the other in the flattened batch."""
+
+    cu_seqlens: tuple[Tensor, Tensor]  # of q and k: (sequences + 1,) int32, from 0 to B · S
+    max_seqlens: tuple[int, int]
+    window: tuple[int, int]
+
+
+def attention_mask(
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | Visible | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    config: Any = None,
+    **others: Any,
+) -> Visible | Packed | Tensor | None:
+    """The mask function that `register` registers: called by transformers' create_*_mask.
+
+    Args:
+        attention_mask: (B, keys) bool, False = padding; the 4-D ones of users don't get here.
+        allow_is_causal_skip: the mask function is transformers' causal one, with a window or chunks
+            of `local_size` if that is given, and need not come back as a tensor.
+        allow_is_bidirectional_skip: the same for the bidirectional one.
+        others: what else `sdpa_mask` takes: of 5.x q_length and q_offset, of 4.57 cache_position.
+    """
+    if isinstance(attention_mask, Visible):
+        return attention_mask
+    queries = _queries(others, kv_offset + kv_length)
+    window = None
+    if queries is not None:
+        if allow_is_bidirectional_skip:
+            window = (-1, -1) if local_size is None else (local_size, local_size)
+        elif allow_is_causal_skip and (local_size is None or not _chunked(config)):
+            window = (-1 if local_size is None else local_size - 1, 0)
+        elif attention_mask is None and (packed := _packed(mask_function)) is not None:
+            return packed
+    if window is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+            batch_size=batch_size,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            config=config,
+            **others,
+        )
+    keys = _real_keys(attention_mask, kv_offset, kv_length)
+    if window == (-1, -1):  # complete as it is: models that look into masks can
+        return None if keys is None else keys[:, None, None, :]
+    left, right = window
+    if left >= kv_length - 1:
+        left = -1
+    if right >= kv_length - 1:
+        right = -1
+    if keys is None and left == -1 and (queries in (1, kv_length) if right == 0 else right == -1):
+        return None
+    visible = Visible(kv_length, (left, right), keys)
+    return _left_padded(visible) if queries == 1 else visible
+
+
+def _queries(others: dict[str, Any], end: int) -> int | None:
+    """The number of queries if they are the last of the `end` positions, as windows count."""
+    if (positions := others.get("cache_position")) is None:
+        length, offset = others["q_length"], others.get("q_offset", 0)
+        # A static cache's offset is a tensor: its keys go on after the last query.
+        return length if isinstance(offset, int) and offset + length == end else None
+    if torch.compiler.is_compiling():
+        return positions.shape[0] if positions.shape[0] == end else None
+    return positions.shape[0] if int(positions[-1]) + 1 == end else None
+
+
+def _chunked(config: Any) -> bool:
+    return getattr(config, "attention_chunk_size", None) is not None
+
+
+def _real_keys(attention_mask: Tensor | None, offset: int, length: int) -> Tensor | None:
+    """(B, length) bool; None if there is no padding, as far as can be told."""
+    if attention_mask is None:
+        return None
+    keys = attention_mask[:, offset : offset + length]
+    if (missing := length - keys.shape[1]) > 0:
+        keys = torch.nn.functional.pad(keys, (0, missing))
+    if not torch.compiler.is_compiling() and bool(keys.all()):
+        return None
+    return keys
+
+
+def _left_padded(visible: Visible) -> Visible:
+    """With a length in place of the keys' flags, if all padding is on the left."""
+    keys = visible.keys
+    if keys is None or torch.compiler.is_compiling():
+        return visible
+    first = keys.int().argmax(1)
+    if not torch.equal(keys.sum(1), keys.shape[1] - first):
+        return visible
+    return visible._replace(keys=None, left_padding=first.int())
+
+
+# ---- packed sequences ----
+
+_AND = and_masks().__code__
+_SAME_SEQUENCE = packed_sequence_mask_function(torch.empty(0)).__code__
+_WINDOW = masking_utils.sliding_window_overlay(0).__code__
+# 5.x counts positions inside each sequence, 4.57 through all: in one sequence that is the same.
+_REMAPPED = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+_REMAPPED = _REMAPPED(causal_mask_function, torch.empty(0)).__code__ if _REMAPPED else None
+
+
+def _packed(mask_function: Callable) -> Packed | None:
+    """The offsets if the function is transformers' causal one, inside each sequence of a batch.
+
+    transformers tells by nothing but the function itself. It is known by its code, its contents by
+    their names; a function of any other make is left alone, and so is all under torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    segments, left = None, -1
+    parts = [mask_function]
+    while parts:
+        part = parts.pop()
+        if part is causal_mask_function:
+            continue
+        contents, code = _contents(part), getattr(part, "__code__", None)
+        if code is _AND:
+            parts.extend(contents["mask_functions"])
+        elif code is _REMAPPED:
+            parts.append(contents["mask_function"])
+        elif code is _WINDOW:
+            left = contents["sliding_window"] - 1
+        elif code is _SAME_SEQUENCE and segments is None:
+            segments = contents["packed_sequence_mask"]
+        else:
+            return None
+    return None if segments is None else _offsets(segments, left)
+
+
+def _contents(function: Callable) -> dict[str, Any]:
+    cells = getattr(function, "__closure__", None) or ()
+    names = function.__code__.co_freevars if cells else ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+def _offsets(segments: Tensor, left: int) -> Packed:
+    """Of (B, S) numbers that change where a sequence ends; rows end one, too."""
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    first = starts.flatten().nonzero().flatten()
+    cu_seqlens = torch.cat([first, first.new_tensor([segments.numel()])]).int()
+    longest = int(cu_seqlens.diff().max())
+    window = (-1 if left >= longest - 1 else left, 0)
+    return Packed((cu_seqlens, cu_seqlens), (longest, longest), window)
