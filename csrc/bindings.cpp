@@ -100,6 +100,8 @@ AttnFwdParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v
   p.lse_stride_head = lse.stride(packed ? 0 : 1);
   p.cu_seqlens_q = data<int32_t>(cu_seqlens_q);
   p.cu_seqlens_k = data<int32_t>(cu_seqlens_k);
+  p.tokens_q = q.size(n - 3);
+  p.tokens_k = k.size(n - 3);
   p.scale = float(scale);
   p.softcap = float(softcap);
   p.window_left = window_left;

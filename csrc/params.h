@@ -38,6 +38,7 @@ struct AttnFwdParams {
   int64_t lse_stride_batch, lse_stride_head;
 
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (B + 1), both or neither
+  int64_t tokens_q, tokens_k;                  // rows of the tensors: S, or T of packed ones
 
   float scale;                        // multiplies QKᵀ
   float softcap;                      // 0 = none

@@ -25,6 +25,9 @@ from fastattn.testing import (
     to_float64,
 )
 
+pytestmark = pytest.mark.parametrize(
+    "emulated_arch", [80, 75, 90], ids="sm{}".format, indirect=True
+)
 MODES = ("eager", "random,seed=1", "random,seed=2", "random,seed=3")
 NAMES = ("out", "lse")
 

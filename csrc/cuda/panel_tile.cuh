@@ -12,11 +12,18 @@ namespace fastattn::cuda {
 template <int kRows, int kCols>
 struct PanelTile {
   static constexpr int kPanelCols = 64, kRowBytes = 128, kGroupBytes = 8 * kRowBytes;
+  static constexpr int kSteps = kCols / 16;  // of a product along the columns
   static constexpr int kPanels = ceil_div(kCols, kPanelCols);
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
   static_assert(kRows % 8 == 0);
-  unsigned char* bytes;  // aligned to kGroupBytes
+  static constexpr int kGroup = 8;  // 16-byte chunks of a row of a panel
+  unsigned char* bytes;             // aligned to kGroupBytes
+
+  // Where chunk c of a row lies, for threads.
+  FASTATTN_DEVICE unsigned char* chunk(int row, int c) const {
+    return bytes + c / kGroup * kPanelBytes + row * kRowBytes + ((c % kGroup ^ row % 8) << 4);
+  }
 
   // As an operand whose rows, or columns of B, are rows row … of this tile, and whose k are columns
   // 16·k ….

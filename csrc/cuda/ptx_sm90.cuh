@@ -129,6 +129,15 @@ FASTATTN_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// Accumulators from here on: the compiler reads none of them before the wait above.
+template <int kN>
+FASTATTN_DEVICE void settle(float (&d)[kN][4]) {
+#pragma unroll
+  for (int i = 0; i < kN; i++) {
+    asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+  }
+}
+
 // --- registers -----------------------------------------------------------------------------------
 
 // Of each thread of the warpgroup from now on; more of them only when others have given them up.

@@ -35,9 +35,10 @@ struct QueryTile {
   Sequence sequence;
   Window window;
 
+  // `index`: which of the order's items.
   FASTATTN_DEVICE QueryTile(const AttnFwdParams& p, const WorkOrder& order, int block_m,
-                            int block_n) {
-    const WorkOrder::Item work = order.item(blockIdx.x);
+                            int block_n, int index = blockIdx.x) {
+    const WorkOrder::Item work = order.item(index);
     sequence = sequence_at(p, work.batch);
     window = make_window(sequence.seqlen_q, sequence.seqlen_k, p.window_left, p.window_right);
     batch = work.batch;

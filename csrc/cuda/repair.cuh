@@ -17,10 +17,11 @@ FASTATTN_DEVICE void store_element(T* to, float x) {
   to->bits = static_cast<uint16_t>(ptx::pack(x, 0.0f, T{}));
 }
 
-// Bit r is set where row r of this warp's tile is not finite, and hides keys.
+// Bit r is set where row r of this warp's tile is not finite, and hides keys. (Behind the end of a
+// packed sequence lies the next one, which sm_90's tiles hold and hide too.)
 template <int kM, int kD>
 FASTATTN_DEVICE uint32_t spoiled_rows(const AttnFwdParams& p, const float (&out)[kM][kD][4]) {
-  if (!p.mask && p.window_left < 0 && p.window_right < 0) return 0;
+  if (!p.mask && !p.cu_seqlens_k && p.window_left < 0 && p.window_right < 0) return 0;
   const int lane = threadIdx.x % 32;
   uint32_t rows = 0;
 #pragma unroll
@@ -95,8 +96,9 @@ FASTATTN_DEVICE void attend_visible(const AttnFwdParams& p, const QueryTile& til
 // After the outputs and lse of the tile are written. A call of its own, and the tile found again,
 // so that the loop over keys keeps nothing in registers for it.
 template <class T, int kBlockM>
-__device__ __noinline__ void repair_rows(const AttnFwdLaunch& launch, int warp_row, uint32_t rows) {
-  const QueryTile tile(launch.params, launch.order, kBlockM, 1);
+__device__ __noinline__ void repair_rows(const AttnFwdLaunch& launch, int warp_row, uint32_t rows,
+                                         int index = blockIdx.x) {
+  const QueryTile tile(launch.params, launch.order, kBlockM, 1, index);
   __syncwarp();  // lse and the outputs that are to be written over came from other lanes
 #pragma unroll 1
   for (; rows != 0; rows &= rows - 1) {

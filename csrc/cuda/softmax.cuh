@@ -50,33 +50,26 @@ class OnlineSoftmax {
 #pragma unroll
     for (int m = 0; m < kTiles; m++) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float block_max = -INFINITY;
+      for (int half = 0; half < 2; half++) scale_row(out[m], half, weigh_row(scores, m, half));
+    }
+  }
+
+  // The same in two steps: what was summed before is scaled later, by `rescale`.
+  template <int kN>
+  FASTATTN_DEVICE void weigh(float (&scores)[kTiles][kN][4], float (&rescale)[kTiles][2]) {
 #pragma unroll
-        for (int n = 0; n < kN; n++) {
-          block_max = fmaxf(block_max, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-        }
-        const float before = row_max_[m][half];
-        const float now = fmaxf(before, quad_max(block_max) * to_row_max_);
-        const float rescale = ptx::ex2((before - now) * to_power_);
-        row_max_[m][half] = now;
-        float sum = row_sum_[m][half] * rescale;
+    for (int m = 0; m < kTiles; m++) {
 #pragma unroll
-        for (int n = 0; n < kN; n++) {
+      for (int half = 0; half < 2; half++) rescale[m][half] = weigh_row(scores, m, half);
+    }
+  }
+  template <int kD>
+  FASTATTN_DEVICE static void scale(float (&out)[kTiles][kD][4],
+                                    const float (&rescale)[kTiles][2]) {
 #pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; e++) {
-            const float weight = ptx::ex2((scores[m][n][e] * to_row_max_ - now) * to_power_);
-            scores[m][n][e] = weight;
-            sum += weight;
-          }
-        }
-        row_sum_[m][half] = sum;
+    for (int m = 0; m < kTiles; m++) {
 #pragma unroll
-        for (int d = 0; d < kD; d++) {
-          out[m][d][2 * half] *= rescale;
-          out[m][d][2 * half + 1] *= rescale;
-        }
-      }
+      for (int half = 0; half < 2; half++) scale_row(out[m], half, rescale[m][half]);
     }
   }
 
@@ -98,6 +91,39 @@ class OnlineSoftmax {
   }
 
  private:
+  template <int kN>
+  FASTATTN_DEVICE float weigh_row(float (&scores)[kTiles][kN][4], int m, int half) {
+    float block_max = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < kN; n++) {
+      block_max = fmaxf(block_max, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+    }
+    const float before = row_max_[m][half];
+    const float now = fmaxf(before, quad_max(block_max) * to_row_max_);
+    const float rescale = ptx::ex2((before - now) * to_power_);
+    row_max_[m][half] = now;
+    float sum = row_sum_[m][half] * rescale;
+#pragma unroll
+    for (int n = 0; n < kN; n++) {
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; e++) {
+        const float weight = ptx::ex2((scores[m][n][e] * to_row_max_ - now) * to_power_);
+        scores[m][n][e] = weight;
+        sum += weight;
+      }
+    }
+    row_sum_[m][half] = sum;
+    return rescale;
+  }
+  template <int kD>
+  FASTATTN_DEVICE static void scale_row(float (&out)[kD][4], int half, float rescale) {
+#pragma unroll
+    for (int d = 0; d < kD; d++) {
+      out[d][2 * half] *= rescale;
+      out[d][2 * half + 1] *= rescale;
+    }
+  }
+
   float row_max_[kTiles][2];
   float row_sum_[kTiles][2];  // over this thread's columns, until finish()
   const float to_row_max_, to_power_;

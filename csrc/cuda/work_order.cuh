@@ -20,7 +20,7 @@ struct WorkOrder {
     int batch, head, m_block;
   };
 
-  int64_t items() const { return int64_t{m_blocks} * heads; }
+  FASTATTN_HD int64_t items() const { return int64_t{m_blocks} * heads; }
 
   FASTATTN_HD Item item(int index) const {
     const int first = index / (m_blocks * section) * section;

@@ -9,7 +9,7 @@
 #include "options.h"
 #include "planted_fault.h"
 #include "report.h"
-#include "tensor_map.h"
+#include "emulated_tensor_map.h"
 
 namespace emulator {
 namespace {

@@ -72,6 +72,9 @@ EMULATED void wgmma_wait(Site site = Site::here()) {
   emulator::wgmma_wait(N, site);
 }
 
+template <int kN>
+EMULATED void settle(float (&d)[kN][4]) {}
+
 EMULATED constexpr Format format_of(bf16) { return Format::kBF16; }
 EMULATED constexpr Format format_of(fp16) { return Format::kFP16; }
 

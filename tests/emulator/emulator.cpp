@@ -16,7 +16,7 @@
 #include "planted_fault.cpp"
 #include "report.cpp"
 #include "shadow.cpp"
-#include "tensor_map.cpp"
+#include "emulated_tensor_map.cpp"
 #include "warp_ops.cpp"
 #include "warpgroup.cpp"
 #include "wgmma.cpp"

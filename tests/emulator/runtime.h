@@ -7,7 +7,7 @@
 #include <string>
 
 #include "site.h"
-#include "tensor_map.h"
+#include "emulated_tensor_map.h"
 
 struct dim3 {
   unsigned x, y, z;

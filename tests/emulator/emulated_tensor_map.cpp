@@ -1,4 +1,4 @@
-#include "tensor_map.h"
+#include "emulated_tensor_map.h"
 
 #include <stdexcept>
 #include <string>

@@ -1,0 +1,60 @@
+// Tile sizes of the sm_90a kernels, each with its reason.
+#pragma once
+
+#include "panel_tile.cuh"
+#include "tiles.cuh"
+
+namespace fastattn::cuda {
+
+// Attention's forward: a warpgroup that copies, and `consumers` that own 64 queries each; block_n
+// keys at a time, in kStages buffers of K and of V.
+struct FwdTileSm90 {
+  int head_dim, consumers, block_n;
+
+  static constexpr int kStages = 2;
+  static constexpr int kWarpgroupRows = 64, kWarpgroupThreads = 128;
+
+  FASTATTN_HD constexpr int block_m() const { return kWarpgroupRows * consumers; }
+  FASTATTN_HD constexpr int threads() const { return kWarpgroupThreads * (consumers + 1); }
+  // Of 65,536 an SM, so that 128 · (producer + consumers · consumer) fit.
+  FASTATTN_HD constexpr int producer_registers() const { return consumers == 2 ? 24 : 32; }
+  FASTATTN_HD constexpr int consumer_registers() const { return consumers == 2 ? 240 : 160; }
+  FASTATTN_HD constexpr int row_bytes() const {
+    return static_cast<int>(round_up(head_dim, 64)) * 2;
+  }
+  FASTATTN_HD constexpr int barriers() const { return 2 + 4 * kStages; }
+  FASTATTN_HD constexpr int shared_bytes() const {
+    return row_bytes() * (block_m() + 2 * kStages * block_n) + 8 * barriers();
+  }
+};
+
+// A consumer's thread holds head_dim / 2 sums, block_n / 2 scores and block_n / 4 packed weights,
+// since Q·K(n)ᵀ is computed beside P·V(n + 1): of 240 registers with two consumers, 160 with three.
+// Rich scores need some for themselves. The tiles of plain scores are those of FlashAttention-3
+// where they fit; all are unmeasured here.
+// clang-format off
+constexpr FwdTileSm90 kFwdTilesSm90[] = {
+    {64, 3, 128},   // 24 + 64 KB; 32 + 64 + 32 registers leave a third consumer room
+    {96, 2, 128},   // 32 + 128 KB; 48 + 64 + 32 are too many of 160
+    {128, 2, 128},  // 32 + 128 KB; 64 + 64 + 32
+    {192, 2, 96},   // 48 + 144 KB; 96 + 48 + 24
+    {256, 2, 80},   // 64 + 160 KB, 227 KB being the limit; 128 + 40 + 20
+};
+constexpr FwdTileSm90 kRichFwdTilesSm90[] = {
+    {64, 2, 128},  // dropout's Philox and the addresses of bias and mask don't fit in 160
+    {96, 2, 128},
+    {128, 2, 128},
+    {192, 2, 96},
+    {256, 2, 64},
+};
+// clang-format on
+
+FASTATTN_HD constexpr FwdTileSm90 fwd_tile_sm90(int head_dim, Scores scores) {
+  for (int i = 0; i < 5; i++) {
+    const FwdTileSm90 tile = scores == Scores::kPlain ? kFwdTilesSm90[i] : kRichFwdTilesSm90[i];
+    if (tile.head_dim == head_dim) return tile;
+  }
+  return {};
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,129 @@
+"""Attention's forward on Hopper's kernel (wgmma, TMA, warps of two kinds), in the emulator.
+
+tests/test_cuda_attn_fwd.py runs some cases under many orders of events; here are the whole grid,
+which problems go to this kernel, and that each barrier, wait and fence in it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import emulated
+import public
+import pytest
+import torch
+from emulator import build
+from emulator.runtime import Library
+
+import fastattn
+from fastattn import reference
+from fastattn.problem import AttentionProblem
+from fastattn.testing import (
+    CASES,
+    Case,
+    assert_results_close,
+    eager_attention,
+    make_problem,
+    to_float64,
+)
+
+pytestmark = pytest.mark.parametrize("emulated_arch", [90], indirect=True)
+KERNEL = "attn_fwd_sm90.cuh"
+
+
+@pytest.fixture
+def emulator(emulated_arch: int) -> Iterator[Library]:
+    library = Library(emulated.build())
+    library.set_options("without=?")  # lists the places that are passed
+    library.passed_places()
+    yield library
+    library.set_options()
+
+
+def check(p: AttentionProblem) -> None:
+    names = ("out", "lse")
+    results = [public.attention(p, "cuda"), reference.attention(to_float64(p)), eager_attention(p)]
+    assert_results_close(*(dict(zip(names, result, strict=True)) for result in results))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_keeps_the_contract(emulated_arch: int, case: Case, poisoned: None) -> None:
+    p = make_problem(case, torch.bfloat16)
+    if p.dropout_p > 0:
+        p = p._replace(seed=public.drawn_seed())
+    check(p)
+
+
+@pytest.mark.parametrize("head_dim", [1, 33, 90, 125, 130, 200, 256])
+def test_head_dims_between_tiles(emulator: Library, head_dim: int, poisoned: None) -> None:
+    """Columns that are not there are zeros, though memory behind them isn't."""
+    q = torch.full((1, 150, 2, 256), torch.nan)
+    q[..., :head_dim].normal_()
+    q, k, v = (q.roll(i, 1).half()[..., :head_dim] for i in range(3))
+    assert is_taken(emulator, AttentionProblem(q, k, v, window_right=0, scale=head_dim**-0.5))
+
+
+def is_taken(emulator: Library, p: AttentionProblem) -> bool:
+    emulator.passed_places()
+    check(p)
+    return any(place.startswith(KERNEL) for place in emulator.passed_places())
+
+
+def test_takes_what_tma_can_copy(emulator: Library) -> None:
+    """And the kernel of sm_80 the rest."""
+    q, k, v = torch.randn(3, 2, 40, 2, 64).half().unbind()
+    assert is_taken(emulator, AttentionProblem(q, k, v))
+    assert is_taken(emulator, AttentionProblem(*(t.transpose(1, 2) for t in (q, k, v))))  # strides
+    assert is_taken(emulator, AttentionProblem(q[..., :61], k[..., :61], v[..., :3]))
+    assert is_taken(emulator, AttentionProblem(q[:1, :, :1], k[:1, :, :1], v[:1, :, :1]))
+    packed = torch.randn(3, 2 * 40, 2, 64).half().unbind()
+    lengths = torch.tensor([0, 33, 80], dtype=torch.int32)
+    sequences = {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths}
+    p = AttentionProblem(*packed, **sequences, max_seqlen_q=47, max_seqlen_k=47)
+    assert is_taken(emulator, p)
+    assert not is_taken(emulator, AttentionProblem(q[..., 1:], k[..., 1:], v[..., 1:]))  # alignment
+    odd = torch.randn(2, 40, 2, 63).half()
+    assert not is_taken(emulator, AttentionProblem(odd, odd, odd))
+    one_head = k[:, :, :1].expand(-1, -1, 2, -1)
+    assert not is_taken(emulator, AttentionProblem(q, one_head, one_head))
+    assert not is_taken(emulator, AttentionProblem(q, k[:, :0], v[:, :0]))
+
+
+def attend() -> None:
+    """More tiles than there are SMs, and more blocks of keys than buffers."""
+    q, k, v = torch.randn(1, 5, 9, 64), torch.randn(1, 400, 1, 64), torch.randn(1, 400, 1, 64)
+    inputs = (t.half() for t in (q, k, v))
+    fastattn.attention(*inputs, window=(380, 0), backend="cuda")
+
+
+def line_of(text: str) -> str:
+    """The place in the kernel's source where this stands, once."""
+    lines = (build.ROOT / "csrc" / "cuda" / KERNEL).read_text().splitlines()
+    (number,) = (i for i, line in enumerate(lines, 1) if text in line)
+    return f"{KERNEL}:{number}"
+
+
+def test_every_barrier_is_needed(emulator: Library) -> None:
+    attend()
+    places = emulator.passed_places()
+    places.remove(line_of("bar_sync(mine"))  # who waits for his turn does so for speed alone
+    assert len([place for place in places if place.startswith(KERNEL)]) > 10, places
+    for place in places:
+        emulator.set_options(f"without={place}")
+        with pytest.raises(RuntimeError, match="emulator: "):
+            attend()
+            pytest.fail(f"nothing is wrong without {place}")
+
+
+def test_a_packed_neighbour_has_no_influence(emulator: Library) -> None:
+    """Tiles hold the first keys of the next sequence too: not even NaN passes."""
+    lengths = torch.tensor([0, 40, 100], dtype=torch.int32)
+    q, k, v = torch.randn(3, 100, 2, 32).half().unbind()
+    k[40:], v[40:] = torch.nan, torch.nan
+    p = AttentionProblem(q, k, v, cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=60,
+                         max_seqlen_k=60)  # fmt: skip
+    out, lse = public.attention(p, "cuda")
+    expected, expected_lse = reference.attention(to_float64(p))
+    torch.testing.assert_close(out[:40].double(), expected[:40], rtol=1e-2, atol=2e-3)
+    torch.testing.assert_close(lse[:, :40].double(), expected_lse[:, :40], rtol=1e-3, atol=1e-3)
+    assert out[40:].isnan().all()
