@@ -150,6 +150,7 @@ FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim
   const std::conditional_t<kHeadDim <= 128, Turns<kTile.consumers>, NoTurns> turn(consumer);
 
   const int items = static_cast<int>(launch.order.items());
+  bool any_spoiled = false;
 #pragma unroll 1
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const QueryTile tile(p, launch.order, kBlockM, kBlockN, item);
@@ -219,16 +220,18 @@ FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim
       shared.v_ring.release();
     }
 
-    finish_rows(p, tile, warp_row, softmax, out);
-    const uint32_t spoiled = spoiled_rows(p, out);
-    T* out_rows = head_at<T>(p.out, p.out_stride, tile.sequence.batch, tile.q_row, tile.head);
-    store_out<T>(out, shared.q, warp_row, out_rows, p.out_stride.seq, tile.rows,
+    // The tile is found again, so that the loop keeps nothing of it in registers for this.
+    const QueryTile same(p, launch.order, kBlockM, 1, ptx::anew(item));
+    finish_rows(p, same, warp_row, softmax, out);
+    any_spoiled |= spoiled_rows(p, out) != 0;
+    T* out_rows = head_at<T>(p.out, p.out_stride, same.sequence.batch, same.q_row, same.head);
+    store_out<T>(out, shared.q, warp_row, out_rows, p.out_stride.seq, same.rows,
                  static_cast<int>(p.head_dim_v), launch.out_aligned);
     ptx::fence_proxy_async();  // the next queries are copied to where the outputs passed through
     __syncwarp();
     shared.q_ring.release();
-    if (spoiled != 0) repair_rows<T, kBlockM>(launch, warp_row, spoiled, item);
   }
+  if (any_spoiled) repair_tiles<T, kBlockM>(launch, warp_row);
 }
 
 template <class T, int kHeadDim, Scores kScores>

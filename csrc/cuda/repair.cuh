@@ -96,14 +96,35 @@ FASTATTN_DEVICE void attend_visible(const AttnFwdParams& p, const QueryTile& til
 // After the outputs and lse of the tile are written. A call of its own, and the tile found again,
 // so that the loop over keys keeps nothing in registers for it.
 template <class T, int kBlockM>
-__device__ __noinline__ void repair_rows(const AttnFwdLaunch& launch, int warp_row, uint32_t rows,
-                                         int index = blockIdx.x) {
-  const QueryTile tile(launch.params, launch.order, kBlockM, 1, index);
+__device__ __noinline__ void repair_rows(const AttnFwdLaunch& launch, int warp_row, uint32_t rows) {
+  const QueryTile tile(launch.params, launch.order, kBlockM, 1);
   __syncwarp();  // lse and the outputs that are to be written over came from other lanes
 #pragma unroll 1
   for (; rows != 0; rows &= rows - 1) {
     const int row = warp_row + __ffs(static_cast<int>(rows)) - 1;
     if (row < tile.rows) attend_visible<T>(launch.params, tile, row);
+  }
+}
+
+// The same for all tiles of a block of threads that goes from one to the next, when it is done: a
+// call between tiles would have its registers saved in local memory. Rows 16 a warp; which of them
+// are spoiled is seen by their outputs.
+template <class T, int kBlockM>
+__device__ __noinline__ void repair_tiles(const AttnFwdLaunch& launch, int warp_row) {
+  const AttnFwdParams& p = launch.params;
+  __syncwarp();
+#pragma unroll 1
+  for (int item = blockIdx.x; item < launch.order.items(); item += gridDim.x) {
+    const QueryTile tile(p, launch.order, kBlockM, 1, item);
+#pragma unroll 1
+    for (int row = warp_row; row < min(warp_row + 16, tile.rows); row++) {
+      const T* out =
+          head_at<const T>(p.out, p.out_stride, tile.sequence.batch, tile.q_row + row, tile.head);
+      float zero = 0.0f;  // or NaN
+#pragma unroll 1
+      for (int d = threadIdx.x % 32; d < p.head_dim_v; d += 32) zero += 0.0f * to_float(out[d]);
+      if (__any_sync(0xffffffffu, zero != 0.0f)) attend_visible<T>(p, tile, row);
+    }
   }
 }
 

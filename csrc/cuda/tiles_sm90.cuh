@@ -37,14 +37,14 @@ constexpr FwdTileSm90 kFwdTilesSm90[] = {
     {64, 3, 128},   // 24 + 64 KB; 32 + 64 + 32 registers leave a third consumer room
     {96, 2, 128},   // 32 + 128 KB; 48 + 64 + 32 are too many of 160
     {128, 2, 128},  // 32 + 128 KB; 64 + 64 + 32
-    {192, 2, 96},   // 48 + 144 KB; 96 + 48 + 24
+    {192, 2, 112},  // 48 + 168 KB; 96 + 56 + 28
     {256, 2, 80},   // 64 + 160 KB, 227 KB being the limit; 128 + 40 + 20
 };
 constexpr FwdTileSm90 kRichFwdTilesSm90[] = {
     {64, 2, 128},  // dropout's Philox and the addresses of bias and mask don't fit in 160
     {96, 2, 128},
-    {128, 2, 128},
-    {192, 2, 96},
+    {128, 2, 112},
+    {192, 2, 80},
     {256, 2, 64},
 };
 // clang-format on

@@ -74,6 +74,7 @@ struct Block {
   Barrier barrier[16];
   MBarriers mbarriers;
   AsyncProxy async;
+  std::vector<Thread*> want_registers;  // by setmaxnreg.inc
   uint32_t era;
   unsigned char* shared;  // aligned to 1024
   int shared_bytes;

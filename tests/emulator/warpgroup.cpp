@@ -15,6 +15,7 @@ const char* const op_names[] = {"nothing", "wgmma", "setmaxnreg"};
 // Registers at the start are what __launch_bounds__ lets ptxas give to each thread, in eights.
 void start_warpgroups(Block& b) {
   b.warpgroup.clear();
+  b.want_registers.clear();
   if (b.threads % kWarpgroupThreads != 0) return;
   b.warpgroup.resize(b.threads / kWarpgroupThreads);
   for (size_t i = 0; i < b.warpgroup.size(); ++i) {
@@ -76,14 +77,12 @@ void set_max_registers(int count, bool more, Site site) {
     if (fits()) {
       w.registers = count;
     } else {
-      for (Warpgroup& other : b.warpgroup) {
-        if (&other != &w) other.want_registers.push_back(&t);
-      }
+      b.want_registers.push_back(&t);
       wait("setmaxnreg.inc", site);
     }
   }
-  for (Thread* other : w.want_registers) wake(other);
-  w.want_registers.clear();
+  for (Thread* other : b.want_registers) wake(other);
+  b.want_registers.clear();
 }
 
 }  // namespace emulator

@@ -40,7 +40,6 @@ struct Warpgroup {
   int index;
   Thread* threads;  // 128
   int registers;    // a thread, by setmaxnreg
-  std::vector<Thread*> want_registers;
   // The instruction that some threads have come to.
   WarpgroupOp op;
   int detail;
