@@ -25,6 +25,7 @@ class Budget(NamedTuple):
     registers: int  # a thread, at most
     shared: int = 0  # static shared memory, bytes; the dynamic one stands in the tile tables
     tensor_cores: bool = False  # but in instances that are named after plain arithmetic
+    wgmma_groups: int = 0  # wgmma.commit_group in the source of a kernel of sm_90a
 
 
 # 65,536 registers an SM: 255 leave room for 8 warps, 128 for 16, 64 for 32.
@@ -35,6 +36,7 @@ BUDGET = {
     "attn_bwd_prep_kernel": Budget(64),
     "attn_fwd_fp32_kernel": Budget(255),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
+    "attn_fwd_sm90_kernel": Budget(168, wgmma_groups=4),  # as it starts: 384 threads, or 512 of 128
     "attn_decode_kernel": Budget(168),
     "attn_decode_mma_kernel": Budget(255, tensor_cores=True),
     "attn_decode_combine_kernel": Budget(64),
@@ -121,6 +123,7 @@ def opcodes(cuobjdump: str, file: Path) -> dict[tuple[str, str], collections.Cou
             counter = found.setdefault((line.split(":")[1].strip(), arch), collections.Counter())
         elif (op := INSTRUCTION.match(line)) is not None:
             counter[op[1]] += 1
+            counter["gsb0"] += op[1] == "HGMMA" and "gsb0" in line
     return found
 
 
@@ -144,7 +147,20 @@ def faults(kernel: Kernel, name: str, ops: collections.Counter[str] | None) -> l
         arithmetic = "MultiplyAdd" in name
         if budget.tensor_cores and not arithmetic and not ops["HMMA"] + ops["HGMMA"]:
             found.append("no tensor core instruction")
+        if budget.wgmma_groups:
+            found += wgmma_faults(budget.wgmma_groups, ops)
     return found
+
+
+def wgmma_faults(groups: int, ops: collections.Counter[str]) -> list[str]:
+    """Products that run beside each other signal a barrier once a group; where ptxas has put them
+    one after another, each does. TMA and the registers' moving are there or have been lost."""
+    found = []
+    if ops["gsb0"] != groups:
+        found.append(f"{ops['gsb0']} of {ops['HGMMA']} products are waited for, not {groups}")
+    if ops["HMMA"]:
+        found.append(f"{ops['HMMA']} products of a warp alone")
+    return found + [f"no {op}" for op in ("UTMALDG", "USETMAXREG") if not ops[op]]
 
 
 def main() -> int:

@@ -265,6 +265,7 @@ inline MappedTensor mapped(const AttnFwdParams& p, const void* data, const Strid
 template <class T, int kHeadDim, Scores kScores>
 void launch_attn_fwd_sm90(const AttnFwdParams& p, const Device& device) {
   constexpr FwdTileSm90 kTile = fwd_tile_sm90(kHeadDim, kScores);
+  static_assert(kTile.shared_bytes() <= kMostSharedSm90);
   AttnFwdSm90Launch params;
   params.fwd.params = p;
   params.fwd.order = make_work_order(p, kTile.block_m(), sizeof(T));

@@ -6,6 +6,8 @@
 
 namespace fastattn::cuda {
 
+constexpr int kMostSharedSm90 = 227 << 10;  // bytes a block may ask for
+
 // Attention's forward: a warpgroup that copies, and `consumers` that own 64 queries each; block_n
 // keys at a time, in kStages buffers of K and of V.
 struct FwdTileSm90 {
