@@ -8,6 +8,7 @@ from .attention import attention, attention_varlen, explain
 from .decode import attention_decode
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
 from .modules import CausalSelfAttention
+from .routing import replace_sdpa, sdpa
 from .scaled_dot_product import scaled_dot_product_attention
 from .weights import attention_weights, plot_attention
 
@@ -26,5 +27,7 @@ __all__ = [
     "flash_attn",
     "linear_cross_entropy",
     "plot_attention",
+    "replace_sdpa",
     "scaled_dot_product_attention",
+    "sdpa",
 ]

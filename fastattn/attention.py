@@ -156,15 +156,19 @@ def explain(
     return backends.explain_problem(p, backend)
 
 
+def autocasting(t: Tensor) -> bool:
+    device = t.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, floating tensors but fp64 ones in its dtype, as for torch's own attention."""
     first = tensors[0]
     if not isinstance(first, Tensor):  # validation will say so
         return tensors
-    device = first.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasting(first):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
 
     def cast(t: Any) -> Any:
         narrow = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64

@@ -28,7 +28,7 @@ class FusedFunction(torch.autograd.Function):
         torch 2.13) would hand its context to a forward of *args.
         """
         compiling = torch.compiler.is_compiling()
-        if not wants_gradient(*args) and (compiling or not _transformed()):
+        if not wants_gradient(*args) and (compiling or not transformed()):
             return cls.forward(*args)
         return cls.apply(*(_unalias(args) if compiling else args))
 
@@ -49,7 +49,7 @@ class FusedFunction(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Inside vmap or another transform of torch.func, whose rules `apply` looks up."""
     return torch._C._are_functorch_transforms_active()
 
@@ -124,7 +124,7 @@ def scalar_loss_function(compute: Callable, leaves: int) -> type[FusedFunction]:
 
 def _scale(dloss: Tensor, leaves: tuple, gradients: tuple) -> tuple:
     """Gradients of a loss that are no one else's, times the loss's own, in the leaves' dtypes."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         gradients = Scaled.run(dloss, *leaves, *gradients)
     elif dloss.device.type != "cpu" or dloss.item() != 1:  # elsewhere item() would wait
         gradients = tuple(g.mul_(dloss) for g in gradients)

@@ -39,33 +39,13 @@ def scaled_dot_product_attention(
         that don't broadcast.
     """
     query, key, value = autocast(query, key, value)
-    least = 3 if enable_gqa else 2
-    shapes = []
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if validate.tensor(name, t).dim() < least:
-            raise ValueError(
-                f"{name} must have at least {least} dimensions, got shape {tuple(t.shape)}"
-            )
-        shapes.append(t.shape[:-least])
-    validate.same_dtype_and_device(query=query, key=key, value=value)
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask can't both be given")
-    try:
-        leading = torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        hint = "" if enable_gqa else "; enable_gqa=True allows fewer heads of key and value"
-        raise ValueError(
-            f"leading dimensions of query {tuple(query.shape)}, key {tuple(key.shape)} and value"
-            f" {tuple(value.shape)} don't broadcast{hint}"
-        ) from None
-    batch = leading if enable_gqa else leading[:-1]
-
-    def bshd(t: Tensor) -> Tensor:
-        heads = t.shape[-3] if enable_gqa else (leading or (1,))[-1]
-        t = t.expand(*batch, heads, *t.shape[-2:])
-        return t.reshape(math.prod(batch), *t.shape[-3:]).transpose(1, 2)
-
-    q, k, v = bshd(query), bshd(key), bshd(value)
+    if _needs_no_broadcast(query, key, value, enable_gqa):
+        leading: tuple[int, ...] = query.shape[:2]
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    else:
+        leading, q, k, v = _broadcast(query, key, value, enable_gqa)
     window = (-1, -1)
     if is_causal:
         # Top-left is bottom-right once the keys nobody sees are cut off; queries past the last key
@@ -75,10 +55,53 @@ def scaled_dot_product_attention(
     mask = bias = None
     if attn_mask is not None:
         validate.tensor("attn_mask", attn_mask)
+        batch = leading[:-1]
         if attn_mask.dim() > 3 and len(batch) > 1:
             attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:])
             attn_mask = attn_mask.reshape(math.prod(batch), *attn_mask.shape[-3:])
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
     out = attention(q, k, v, window=window, scale=scale, mask=mask, bias=bias, dropout_p=dropout_p)
-    shape = (*leading, query.shape[-3]) if enable_gqa else leading
-    return out.transpose(1, 2).reshape(*shape, query.shape[-2], value.shape[-1])
+    out = out.transpose(1, 2)  # (B, H_q, S_q, D_v)
+    return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
+
+
+def _needs_no_broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    tensors = (query, key, value)
+    if not all(isinstance(t, Tensor) and t.dim() == 4 for t in tensors):
+        return False
+    shared = 1 if enable_gqa else 2
+    if not query.shape[:shared] == key.shape[:shared] == value.shape[:shared]:
+        return False
+    return query.dtype == key.dtype == value.dtype
+
+
+def _broadcast(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
+    """The result's dimensions before (S_q, D_v), and q, k, v as (B, S, H, D)."""
+    least = 3 if enable_gqa else 2
+    shapes = []
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if validate.tensor(name, t).dim() < least:
+            raise ValueError(
+                f"{name} must have at least {least} dimensions, got shape {tuple(t.shape)}"
+            )
+        shapes.append(t.shape[:-least])
+    validate.same_dtype_and_device(query=query, key=key, value=value)
+    try:
+        shared = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        hint = "" if enable_gqa else "; enable_gqa=True allows fewer heads of key and value"
+        raise ValueError(
+            f"leading dimensions of query {tuple(query.shape)}, key {tuple(key.shape)} and value"
+            f" {tuple(value.shape)} don't broadcast{hint}"
+        ) from None
+    batch = shared if enable_gqa else shared[:-1]
+
+    def bshd(t: Tensor) -> Tensor:
+        heads = t.shape[-3] if enable_gqa else (shared or (1,))[-1]
+        t = t.expand(*batch, heads, *t.shape[-2:])
+        return t.reshape(math.prod(batch), *t.shape[-3:]).transpose(1, 2)
+
+    leading = (*shared, query.shape[-3]) if enable_gqa else shared
+    return leading, bshd(query), bshd(key), bshd(value)
