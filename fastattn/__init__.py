@@ -8,6 +8,7 @@ from .attention import attention, attention_varlen, explain
 from .decode import attention_decode
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
 from .modules import CausalSelfAttention
+from .multihead_attention import MultiheadAttention, replace_modules
 from .routing import replace_sdpa, sdpa
 from .scaled_dot_product import scaled_dot_product_attention
 from .weights import attention_weights, plot_attention
@@ -18,6 +19,7 @@ __all__ = [
     "CausalSelfAttention",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "MultiheadAttention",
     "attention",
     "attention_decode",
     "attention_varlen",
@@ -27,6 +29,7 @@ __all__ = [
     "flash_attn",
     "linear_cross_entropy",
     "plot_attention",
+    "replace_modules",
     "replace_sdpa",
     "scaled_dot_product_attention",
     "sdpa",
