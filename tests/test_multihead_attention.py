@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn import MultiheadAttention
+from fastattn.attention import AttentionFunction
+from fastattn.problem import AttentionProblem
 from fastattn.testing import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close_to_reference
 
 E, H, N, L, S = 12, 3, 2, 5, 7
@@ -99,7 +101,11 @@ def assert_same(
     args: list[Tensor],
     options: dict | None = None,
 ) -> None:
-    """Our errors against torch's in float64 are within a small factor of torch's in float32."""
+    """Our errors against torch's in float64 are within a small factor of torch's in float32.
+
+    As in fastattn.testing, gradients have two yardsticks: torch's, and the reference's, which like
+    ours recomputes the weights from a rounded lse. The worse of them counts.
+    """
     options = options or {}
     wide = {id(t): t.detach().double().requires_grad_() for t in args}  # the same one, the same
     wide_options = {
@@ -108,24 +114,36 @@ def assert_same(
     }
     ref64 = results(copy.deepcopy(theirs).double(), [wide[id(t)] for t in args], **wide_options)
     got, eager = results(ours, args, **options), results(theirs, args, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastattn.multihead_attention.run", recomputing_reference)
+        recomputed = results(ours, args, **options)
     assert [t is None for t in got] == [t is None for t in eager]
-    for number, (a, ref, b) in enumerate(zip(got, ref64, eager, strict=True)):
-        if a is not None:
-            factor = GRADIENT_FACTOR if number >= 2 else FORWARD_FACTOR
-            assert_close_to_reference(a, ref, b, factor, f"result {number}")
+    for number, (a, ref, b, c) in enumerate(zip(got, ref64, eager, recomputed, strict=True)):
+        if a is None:
+            continue
+        if number < 2:  # out and weights
+            assert_close_to_reference(a, ref, b, FORWARD_FACTOR, f"result {number}")
+        else:
+            worse = max(b, c, key=lambda x, ref=ref: float((x - ref).abs().max()))
+            assert_close_to_reference(a, ref, worse, GRADIENT_FACTOR, f"result {number}")
+
+
+def recomputing_reference(p: AttentionProblem) -> tuple[Tensor, Tensor]:
+    return AttentionFunction.run(*p, False, "reference")
 
 
 WEIGHTS = [(False, True), (True, True), (True, False)]
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
-@pytest.mark.parametrize("constructor", CONSTRUCTORS.values(), ids=list(CONSTRUCTORS))
-def test_is_torchs(constructor: dict, call) -> None:
-    ours, theirs = pair(**constructor)
-    args, options = inputs(ours), call()
-    for need, average in WEIGHTS:
-        asked = {"need_weights": need, "average_attn_weights": average, **options}
-        assert_same(ours, theirs, args, asked)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_is_torchs(constructor: str, call: str) -> None:
+    """Each constructor with each call; what is asked of the weights goes round."""
+    ours, theirs = pair(**CONSTRUCTORS[constructor])
+    turn = list(CONSTRUCTORS).index(constructor) + list(CALLS).index(call)
+    need, average = WEIGHTS[turn % len(WEIGHTS)]
+    options = {"need_weights": need, "average_attn_weights": average, **CALLS[call]()}
+    assert_same(ours, theirs, inputs(ours), options)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -149,7 +167,7 @@ def test_unbatched(constructor: str, call: str) -> None:
         options["key_padding_mask"] = options["key_padding_mask"][1]
     if call.startswith("mask-3d"):
         options["attn_mask"] = options["attn_mask"][:H]
-    for need, average in WEIGHTS:
+    for need, average in WEIGHTS[:2]:
         asked = {"need_weights": need, "average_attn_weights": average, **options}
         assert_same(ours, theirs, args, asked)
 
