@@ -308,6 +308,34 @@ void cross_entropy_bwd(Kernels& kernels, const Tensor& logits, const Tensor& tar
   kernels.cross_entropy_bwd(p);
 }
 
+#ifndef FASTATTN_CUDA
+void matmul(Kernels& kernels, const Tensor& a, const Tensor& b, Tensor out, bool accumulate) {
+  MatmulParams p{};
+  p.a_dtype = dtype_of(a);
+  p.b_dtype = dtype_of(b);
+  p.rows = out.size(0);
+  p.cols = out.size(1);
+  p.depth = a.size(1);
+  STD_TORCH_CHECK(a.size(0) == p.rows && b.size(0) == p.depth && b.size(1) == p.cols,
+                  "shapes don't fit");
+  const auto strides = [](const Tensor& t, int64_t& row, int64_t& col) {
+    row = t.size(0) <= 1 && t.stride(1) != 1 ? 1 : t.stride(0);
+    col = t.size(1) <= 1 && row != 1 ? 1 : t.stride(1);
+    STD_TORCH_CHECK(row == 1 || col == 1, "a dimension of each matrix must be contiguous");
+  };
+  strides(a, p.a_row, p.a_col);
+  strides(b, p.b_row, p.b_col);
+  STD_TORCH_CHECK(dtype_of(out) == DType::kF32 && (p.cols <= 1 || out.stride(1) == 1),
+                  "out must be fp32 rows");
+  p.a = a.const_data_ptr();
+  p.b = b.const_data_ptr();
+  p.c = static_cast<float*>(out.data_ptr());
+  p.c_row = out.stride(0);
+  p.accumulate = accumulate;
+  kernels.matmul(p);
+}
+#endif
+
 std::string target() { return Kernels::target(); }
 
 // An operator as torch calls it: kernels for these arguments, then `op`.
@@ -351,6 +379,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTATTN_OPS, m) {
         "Tensor? dloss, Tensor(a!) loss, Tensor(b!) lse, Tensor(c!)? dlogits) -> ()");
   m.def("cross_entropy_bwd(" FASTATTN_CROSS_ENTROPY_SCHEMA
         "Tensor lse, Tensor dloss, Tensor? dlse, Tensor(a!) dlogits) -> ()");
+#ifndef FASTATTN_CUDA
+  m.def("matmul(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
+#endif
   m.def(FASTATTN_TARGET "() -> str");
 }
 
@@ -361,6 +392,9 @@ STABLE_TORCH_LIBRARY_IMPL(FASTATTN_OPS, FASTATTN_KEY, m) {
   m.impl("cache_append", TORCH_BOX(&fastattn::Entry<&fastattn::cache_append>::call));
   m.impl("cross_entropy_fwd", TORCH_BOX(&fastattn::Entry<&fastattn::cross_entropy_fwd>::call));
   m.impl("cross_entropy_bwd", TORCH_BOX(&fastattn::Entry<&fastattn::cross_entropy_bwd>::call));
+#ifndef FASTATTN_CUDA
+  m.impl("matmul", TORCH_BOX(&fastattn::Entry<&fastattn::matmul>::call));
+#endif
 }
 STABLE_TORCH_LIBRARY_IMPL(FASTATTN_OPS, CompositeExplicitAutograd, m) {
   m.impl(FASTATTN_TARGET, TORCH_BOX(&fastattn::target));

@@ -49,6 +49,8 @@ class Kernels {
   void cross_entropy_fwd(const CrossEntropyParams& p) const { table_.cross_entropy_fwd(p, pool_); }
   void cross_entropy_bwd(const CrossEntropyParams& p) const { table_.cross_entropy_bwd(p, pool_); }
 
+  void matmul(const MatmulParams& p) const { table_.matmul(p, pool_); }
+
   static std::string target() { return cpu::instruction_sets(); }
 
  private:

@@ -142,4 +142,15 @@ struct CrossEntropyParams {
   const float* dlse;     // (N) or null
 };
 
+// C (rows, cols) = A (rows, depth) · B (depth, cols), or += where `accumulate`; sums in fp32.
+struct MatmulParams {
+  DType a_dtype, b_dtype;
+  int64_t rows, cols, depth;
+  const void *a, *b;
+  int64_t a_row, a_col, b_row, b_col;  // strides; of each matrix one is 1
+  float* c;
+  int64_t c_row;
+  bool accumulate;
+};
+
 }  // namespace fastattn

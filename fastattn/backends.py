@@ -23,6 +23,7 @@ from .problem import (
     DecodeProblem,
     LinearCrossEntropyProblem,
 )
+from .products import TorchProducts
 
 Problem = AttentionProblem | DecodeProblem | CrossEntropyProblem | LinearCrossEntropyProblem
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +68,11 @@ class Backend(NamedTuple):
     @property
     def cross_entropy_bwd(self) -> Callable[..., Tensor]:
         return self._load().cross_entropy_bwd
+
+    def products(self) -> TorchProducts:
+        """The matrix products that go with the cross-entropy kernel."""
+        own = getattr(self._load(), "products", None)
+        return TorchProducts() if own is None else own()
 
 
 TABLE = (

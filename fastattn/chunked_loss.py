@@ -1,9 +1,9 @@
 """Linear cross-entropy in chunks: logits = x Wᵀ + b for a few hundred rows, in one reused buffer.
 
-The matrix products are torch's, the step between them the backend's cross-entropy kernel, which
-leaves the logits' gradient in the logits' place. Everything is computed in fp32 whatever the
-inputs' dtype: without matrix units the fp32 product is the faster one on CPUs (measured twice as
-fast as bf16's), and W's gradient needs fp32 sums anyway.
+The matrix products are torch's or the backend's, and the step between them is its cross-entropy
+kernel, which leaves the logits' gradient in the logits' place. Logits and gradients are summed in
+fp32 whatever the inputs' dtype, and torch's products are computed in it too: without matrix units
+the fp32 product is the faster one on CPUs (measured twice as fast as bf16's on Intel's).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import backends
 from .problem import LinearCrossEntropyProblem
+from .products import TorchProducts
 
 # Logits held at a time. 128 MiB is 667 rows of a 50,257 vocabulary: enough for the products to run
 # at full speed (256 rows cost several percent there), and less than two thirds of what one
@@ -29,7 +30,7 @@ def forward(
     """(loss, lse), both (N,) fp32."""
     row = backends.choose(p, backend)
     losses, lses = [], []
-    for chunk in _chunks(p, workspace_bytes):
+    for chunk in _chunks(p, row.products(), workspace_bytes):
         loss, lse = row.cross_entropy_fwd(p.of_logits(chunk.logits, chunk.rows), None, None)
         losses.append(loss)
         lses.append(lse)
@@ -50,9 +51,10 @@ def forward_backward(
     dw and dbias are fp32, dx is of dx_dtype(x).
     """
     row = backends.choose(p, backend)
-    gradients = _Gradients(p, want_dx, want_dw, want_dbias, dx_dtype(p.x))
+    products = row.products()
+    gradients = _Gradients(p, products, want_dx, want_dw, want_dbias, dx_dtype(p.x))
     total = torch.zeros((), dtype=torch.float32, device=p.x.device)
-    for chunk in _chunks(p, workspace_bytes):
+    for chunk in _chunks(p, products, workspace_bytes):
         problem = p.of_logits(chunk.logits, chunk.rows)
         loss, _ = row.cross_entropy_fwd(problem, scale, chunk.logits)
         gradients.add(chunk)
@@ -70,8 +72,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, dbias for rowwise upstream gradients; dbias is empty without a bias."""
     row = backends.choose(p, backend)
-    gradients = _Gradients(p, True, True, p.linear_bias is not None, p.x.dtype)
-    for chunk in _chunks(p, workspace_bytes):
+    products = row.products()
+    gradients = _Gradients(p, products, True, True, p.linear_bias is not None, p.x.dtype)
+    for chunk in _chunks(p, products, workspace_bytes):
         problem, rows = p.of_logits(chunk.logits, chunk.rows), chunk.rows
         upstream = (dloss[rows], None if dlse is None else dlse[rows])
         row.cross_entropy_bwd(problem, lse[rows], *upstream, chunk.logits)
@@ -87,22 +90,25 @@ def dx_dtype(x: Tensor) -> torch.dtype:
 
 class _Chunk(NamedTuple):
     rows: slice
-    x: Tensor  # (rows, C) fp32
-    weight: Tensor  # (V, C) fp32
+    x: Tensor  # (rows, C), an operand of products
+    weight: Tensor  # (V, C), likewise
     logits: Tensor  # (rows, V) fp32; the next chunk overwrites them
 
 
-def _chunks(p: LinearCrossEntropyProblem, workspace_bytes: int) -> Iterator[_Chunk]:
+def _chunks(
+    p: LinearCrossEntropyProblem, products: TorchProducts, workspace_bytes: int
+) -> Iterator[_Chunk]:
     """The problem's rows in chunks of about equal size; one chunk of no rows if it has none."""
     n, vocab = p.x.shape[0], p.linear_weight.shape[0]
     most = max(1, workspace_bytes // (4 * max(vocab, 1)))
     size = -(-n // max(1, -(-n // most)))
-    weight = p.linear_weight.float()
+    weight = products.operand(p.linear_weight)
     buffer = p.x.new_empty((size, vocab), dtype=torch.float32)
     for start in range(0, max(n, 1), max(size, 1)):
         rows = slice(start, min(start + size, n))
-        x = p.x[rows].float()
-        logits = torch.mm(x, weight.t(), out=buffer[: x.shape[0]])
+        x = products.operand(p.x[rows])
+        logits = buffer[: x.shape[0]]
+        products.multiply(x, weight.t(), logits)
         if p.linear_bias is not None:
             logits += p.linear_bias
         yield _Chunk(rows, x, weight, logits)
@@ -114,11 +120,13 @@ class _Gradients:
     def __init__(
         self,
         p: LinearCrossEntropyProblem,
+        products: TorchProducts,
         want_dx: bool,
         want_dw: bool,
         want_dbias: bool,
         dx_dtype: torch.dtype,
     ):
+        self.products = products
         self.want_dx, self.want_dw, self.want_dbias = want_dx, want_dw, want_dbias
         self.first = True
         vocab, channels = p.linear_weight.shape
@@ -130,12 +138,13 @@ class _Gradients:
         """`chunk.logits` hold their gradient by now."""
         rows, x, weight, dlogits = chunk
         if self.want_dx:
-            if self.dx.dtype == torch.float32:
-                torch.mm(dlogits, weight, out=self.dx[rows])
-            else:
-                self.dx[rows] = torch.mm(dlogits, weight)
-        if self.want_dw:  # beta = 0 on the first chunk ignores what the fresh memory holds
-            torch.addmm(self.dw, dlogits.t(), x, beta=0 if self.first else 1, out=self.dw)
+            dx = self.dx[rows]
+            sums = dx if dx.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
+            self.products.multiply(dlogits, weight, sums)
+            if sums is not dx:
+                dx.copy_(sums)
+        if self.want_dw:
+            self.products.multiply(dlogits.t(), x, self.dw, accumulate=not self.first)
         if self.want_dbias:
             self.dbias += dlogits.sum(0)
         self.first = False

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn import chunked_loss
 from fastattn.problem import LinearCrossEntropyProblem
+from fastattn.products import TorchProducts
 
 VOCAB, CHANNELS = 257, 16
 
@@ -87,7 +88,9 @@ def test_logits_stay_within_the_budget(dtype: torch.dtype, compute: str) -> None
 
 def test_chunks_are_of_about_equal_size() -> None:
     """33 rows in chunks of at most 32 are 17 and 16, not 32 and 1."""
-    sizes = [c.x.shape[0] for c in chunked_loss._chunks(problem(33), 32 * VOCAB * 4)]
+    sizes = [
+        c.x.shape[0] for c in chunked_loss._chunks(problem(33), TorchProducts(), 32 * VOCAB * 4)
+    ]
     assert sizes == [17, 16]
 
 

@@ -15,6 +15,9 @@
 #include "decode_tile.inl.h"
 #include "attn_decode.inl.h"
 #include "cross_entropy.inl.h"
+#include "matmul.inl.h"
 
-#define FASTATTN_KERNEL_TABLE(isa) \
-  {isa, fit, attn_fwd, attn_bwd, attn_decode, cache_append, cross_entropy_fwd, cross_entropy_bwd}
+#define FASTATTN_KERNEL_TABLE(isa)                                    \
+  {isa,           fit,          attn_fwd,          attn_bwd,          \
+   attn_decode,   cache_append, cross_entropy_fwd, cross_entropy_bwd, \
+   matmul_in_fp32}

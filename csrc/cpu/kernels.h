@@ -31,6 +31,7 @@ struct Kernels {
   void (*cross_entropy_fwd)(const CrossEntropyParams&,
                             const Pool&);  // loss, lse; the gradient too where dlogits is set
   void (*cross_entropy_bwd)(const CrossEntropyParams&, const Pool&);  // the gradient from lse
+  void (*matmul)(const MatmulParams&, const Pool&);
 };
 
 // The best for this processor. FASTATTN_CPU_ISA=scalar|avx2|avx512|avx512_bf16 forces one; throws

@@ -44,11 +44,11 @@ class KeyRows {
     const T* source = source_ + keys.begin * stride_;
     const int64_t ld = padded(cols_);
     if constexpr (kPairs<E>) {
-      if (across_) interleave_rows(source, stride_, keys.size(), cols_, across_);
+      if (across_) interleave_rows(source, stride_, keys.size(), cols_, across_, ld);
       if (copy_ == nullptr) {
         return {reinterpret_cast<const E*>(source), stride_ / 2, across_, ld};
       }
-      copy_rows(source, stride_, keys.size(), cols_, &copy_->first);
+      round_rows(source, stride_, keys.size(), cols_, &copy_->first, ld);
       return {copy_, ld / 2, across_, ld};
     } else {
       if constexpr (std::is_same_v<T, float>) {

@@ -53,7 +53,7 @@ static E* take(Scratch& scratch, int64_t count) {
 template <class T>
 static void pack_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, Operand<T>* dst) {
   if constexpr (kPairs<Operand<T>>) {
-    interleave_rows(src, stride, rows, cols, dst);
+    interleave_rows(src, stride, rows, cols, dst, padded(cols));
   } else {
     load_rows(src, stride, rows, cols, dst);
   }

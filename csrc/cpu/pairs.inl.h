@@ -1,19 +1,24 @@
 // Packing of bf16 for products of pairs: see operands.inl.h.
 
-// dst (rows, padded(cols)) = src, with zeros behind cols.
-static void copy_rows(const bf16* src, int64_t stride, int64_t rows, int64_t cols, bf16* dst) {
-  for (int64_t r = 0; r < rows; r++, src += stride, dst += padded(cols)) {
-    std::fill_n(std::copy_n(src, cols, dst), padded(cols) - cols, bf16{0});
+// dst (rows, cols) = src rounded, in rows of ld; zeros behind cols up to a whole vector.
+template <class T>
+static void round_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, bf16* dst,
+                       int64_t ld) {
+  for (int64_t r = 0; r < rows; r++, src += stride, dst += ld) {
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      store_rounded(dst + c, load_upto(src + c, cols - c));
+    }
   }
 }
 
-// dst (⌈rows / 2⌉, padded(cols)) = src across, with zeros behind both.
-static void interleave_rows(const bf16* src, int64_t stride, int64_t rows, int64_t cols,
-                            bf16x2* dst) {
-  for (int64_t r = 0; r < rows; r += 2, src += 2 * stride, dst += padded(cols)) {
-    for (int64_t c = 0; c < padded(cols); c += kLanes) {
+// dst (⌈rows / 2⌉, cols) = src across, in rows of ld; zeros behind both, as above.
+template <class T>
+static void interleave_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, bf16x2* dst,
+                            int64_t ld) {
+  for (int64_t r = 0; r < rows; r += 2, src += 2 * stride, dst += ld) {
+    for (int64_t c = 0; c < cols; c += kLanes) {
       const Mask there = first_lanes(cols - c), below = r + 1 < rows ? there : first_lanes(0);
-      const bf16* next = r + 1 < rows ? src + stride : src;
+      const T* next = r + 1 < rows ? src + stride : src;
       store(dst + c, interleave(src + c, there, next + c, below));
     }
   }

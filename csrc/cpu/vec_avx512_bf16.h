@@ -28,6 +28,10 @@ FASTATTN_INLINE void store_rounded(bf16* p, Vec a) {
 }
 
 // Pairs of an element of a and one of b, 0 where the masks have no lane.
+template <class T>
+FASTATTN_INLINE PairVec interleave(const T* a, Mask of_a, const T* b, Mask of_b) {
+  return pairs(load_partial(a, of_a), load_partial(b, of_b));
+}
 FASTATTN_INLINE PairVec interleave(const bf16* a, Mask of_a, const bf16* b, Mask of_b) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(of_a, a));
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(of_b, b));
