@@ -4,6 +4,7 @@ from . import ops as _ops  # noqa: F401, registers torch.ops.fastattn.*, which t
 
 # isort: split
 from . import flash_attn
+from . import flop_formulas as _flop_formulas  # noqa: F401, registers them
 from .attention import attention, attention_varlen, explain
 from .decode import attention_decode
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy

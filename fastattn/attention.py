@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, reference, validate
+from . import backends, nested, reference, validate
 from .autograd import FusedFunction, gradient_function
 from .backends import Explanation, requested
 from .problem import AttentionProblem, last_stride_one
@@ -48,7 +48,9 @@ def attention(
             computes).
         k: (B, S_k, H_k, D), v: (B, S_k, H_k, D_v), of q's dtype and device. H_q is a multiple of
             H_k: query head h reads KV head h // (H_q / H_k). 1 ≤ D, D_v ≤ 256. Any strides whose
-            last is 1 are taken as they are; others are copied.
+            last is 1 are taken as they are; others are copied. All three may be nested tensors of
+            layout torch.jagged, (B, j, H, D): then this is `attention_varlen` on their values, out
+            is jagged as q is, mask, bias and lse are as there.
         causal: query i sees keys j ≤ i + S_k − S_q (bottom-right aligned).
         window: (left, right), inclusive: i + S_k − S_q − left ≤ j ≤ i + S_k − S_q + right; −1 =
             unlimited. With `causal`, right is 0.
@@ -79,10 +81,13 @@ def attention(
             second backward was asked of a fused backend (backend="reference" is twice
             differentiable).
     """
-    p = dense_problem(
-        q, k, v, causal, window, scale, softcap, mask, bias, alibi_slopes, sinks, dropout_p
-    )
-    out, lse = run(p, deterministic, backend)
+    options = (causal, window, scale, softcap, mask, bias, alibi_slopes, sinks, dropout_p)
+    if isinstance(q, Tensor) and q.is_nested:
+        p = packed_problem(*nested.pack(q, k, v), *options)
+        out, lse = run(p, deterministic, backend)
+        out = nested.like(out, q)
+    else:
+        out, lse = run(dense_problem(q, k, v, *options), deterministic, backend)
     return (out, lse) if return_lse else out
 
 

@@ -11,6 +11,7 @@ import re
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 # Dense peaks of tensor cores in bf16 (fp16 on sm_75), FLOP/s, from NVIDIA's data sheets. First
@@ -92,10 +93,10 @@ def settled_best(durations: list[float]) -> float | None:
 def visible_pairs(seqlen_q: int, seqlen_k: int, window: tuple[int, int] = (-1, -1)) -> int:
     """(query, key) pairs that a head sees; causal is the window (-1, 0), bottom-right aligned."""
     left, right = (seqlen_q + seqlen_k if side < 0 else side for side in window)
-    position = torch.arange(seqlen_q) + seqlen_k - seqlen_q  # the key each query stands on
-    first = (position - left).clamp(min=0)
-    last = (position + right).clamp(max=seqlen_k - 1)
-    return int((last - first + 1).clamp(min=0).sum())
+    position = np.arange(seqlen_q) + seqlen_k - seqlen_q  # the key each query stands on
+    first = np.maximum(position - left, 0)
+    last = np.minimum(position + right, seqlen_k - 1)
+    return int(np.maximum(last - first + 1, 0).sum())
 
 
 def attention_flops(

@@ -17,6 +17,7 @@ from .problem import (
     CrossEntropyProblem,
     DecodeProblem,
     LinearCrossEntropyProblem,
+    split,
 )
 
 _ATTENTION = (
@@ -47,23 +48,17 @@ def _define(name: str, schema: str, entry, fake) -> None:
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_LIB)
 
 
-def _split(problem, args):
-    """The problem at the head of an operator's arguments, and the arguments after it."""
-    n = len(problem._fields)
-    return problem(*args[:n]), args[n:]
-
-
 # ---- attention ----
 
 
 def _attn_fwd(*args):
-    p, (backend,) = _split(AttentionProblem, args)
+    p, (backend,) = split(AttentionProblem, args)
     validate.packed_offsets(p)
     return backends.choose(p, backend).attn_fwd(p)
 
 
 def _attn_fwd_fake(*args):
-    p, _ = _split(AttentionProblem, args)
+    p, _ = split(AttentionProblem, args)
     out = p.q.new_empty((*p.q.shape[:-1], p.v.shape[-1]))
     tokens, heads = p.q.shape[-3:-1]
     lse_shape = (heads, tokens) if p.packed else (p.q.shape[0], heads, tokens)
@@ -71,13 +66,13 @@ def _attn_fwd_fake(*args):
 
 
 def _attn_bwd(*args):
-    p, (out, lse, dout, dlse, deterministic, backend) = _split(AttentionProblem, args)
+    p, (out, lse, dout, dlse, deterministic, backend) = split(AttentionProblem, args)
     grads = backends.choose(p, backend).attn_bwd(p, out, lse, dout, dlse, deterministic)
     return tuple(p.q.new_empty(0) if g is None else g for g in grads)
 
 
 def _attn_bwd_fake(*args):
-    p, _ = _split(AttentionProblem, args)
+    p, _ = split(AttentionProblem, args)
 
     def like(t: Tensor | None) -> Tensor:
         return p.q.new_empty(0) if t is None else t.new_empty(t.shape)
@@ -105,13 +100,13 @@ _define(
 
 
 def _attn_decode(*args):
-    p, (backend,) = _split(DecodeProblem, args)
+    p, (backend,) = split(DecodeProblem, args)
     validate.cache_indices(p)
     return backends.choose(p, backend).attn_decode(p)
 
 
 def _attn_decode_fake(*args):
-    p, _ = _split(DecodeProblem, args)
+    p, _ = split(DecodeProblem, args)
     batch, seqlen_q, heads, _ = p.q.shape
     out = p.q.new_empty((batch, seqlen_q, heads, p.v_cache.shape[-1]))
     return out, p.q.new_empty((batch, heads, seqlen_q), dtype=validate.accumulator_dtype(p.q))
@@ -129,18 +124,18 @@ _define(
 
 
 def _cross_entropy_fwd(*args):
-    p, (backend,) = _split(CrossEntropyProblem, args)
+    p, (backend,) = split(CrossEntropyProblem, args)
     validate.targets(p.target, p.logits.shape[1], p.ignore_index)
     return backends.choose(p, backend).cross_entropy_fwd(p, None, None)
 
 
 def _cross_entropy_bwd(*args):
-    p, (lse, dloss, dlse, backend) = _split(CrossEntropyProblem, args)
+    p, (lse, dloss, dlse, backend) = split(CrossEntropyProblem, args)
     return backends.choose(p, backend).cross_entropy_bwd(p, lse, dloss, dlse)
 
 
 def _cross_entropy_fwd_bwd(*args):
-    p, (dloss, backend) = _split(CrossEntropyProblem, args)
+    p, (dloss, backend) = split(CrossEntropyProblem, args)
     validate.targets(p.target, p.logits.shape[1], p.ignore_index)
     dlogits = p.logits.new_empty(p.logits.shape)
     loss, _ = backends.choose(p, backend).cross_entropy_fwd(p, dloss, dlogits)
@@ -148,7 +143,7 @@ def _cross_entropy_fwd_bwd(*args):
 
 
 def _cross_entropy_fwd_bwd_(*args):
-    p, (dloss, backend) = _split(CrossEntropyProblem, args)
+    p, (dloss, backend) = split(CrossEntropyProblem, args)
     validate.targets(p.target, p.logits.shape[1], p.ignore_index)
     return backends.choose(p, backend).cross_entropy_fwd(p, dloss, p.logits)
 
@@ -194,7 +189,7 @@ def _linear(compute):
     """An entry: `compute` on a checked problem, its products in fp32 whatever autocast says."""
 
     def entry(*args):
-        p, rest = _split(LinearCrossEntropyProblem, args)
+        p, rest = split(LinearCrossEntropyProblem, args)
         validate.targets(p.target, p.linear_weight.shape[0], p.ignore_index)
         with torch.autocast(p.x.device.type, enabled=False):
             return compute(p, *rest)
@@ -203,14 +198,14 @@ def _linear(compute):
 
 
 def _linear_cross_entropy_bwd_fake(*args):
-    p, _ = _split(LinearCrossEntropyProblem, args)
+    p, _ = split(LinearCrossEntropyProblem, args)
     dbias_shape = (0,) if p.linear_bias is None else p.linear_bias.shape
     dw = p.linear_weight.new_empty(p.linear_weight.shape)
     return p.x.new_empty(p.x.shape), dw, dw.new_empty(dbias_shape)
 
 
 def _linear_cross_entropy_fwd_bwd_fake(*args):
-    p, (_, want_dx, want_dw, want_dbias, *_) = _split(LinearCrossEntropyProblem, args)
+    p, (_, want_dx, want_dw, want_dbias, *_) = split(LinearCrossEntropyProblem, args)
 
     def empty(wanted: bool, shape: tuple[int, ...], dtype=torch.float32) -> Tensor:
         return p.x.new_empty(shape if wanted else (0,), dtype=dtype)

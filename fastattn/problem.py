@@ -20,6 +20,12 @@ def last_stride_one(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)  # contiguous() keeps an empty t's strides
 
 
+def split(problem, args):
+    """The problem at the head of an operator's arguments, and the arguments after it."""
+    n = len(problem._fields)
+    return problem(*args[:n]), args[n:]
+
+
 class AttentionProblem(NamedTuple):
     """softmax(scale·QKᵀ …)V of (B, S, H, D) tensors, or packed (T, H, D) with `cu_seqlens_*`."""
 
