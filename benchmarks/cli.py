@@ -13,7 +13,7 @@ from . import compare, machine, report, results
 from .ceilings import pin_threads
 from .device import find
 from .runner import Plan, Run, matching
-from .show import Show, reasons, table
+from .show import Show
 from .suites import SUITES, cases, peers
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -85,18 +85,15 @@ def run(argv: list[str]) -> int:
         options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
     )
     with Show(len(chosen)) as show:
-        show.console.print(
+        print(
             f"{len(chosen)} cases on {stamp.get('gpu') or stamp['cpu']}, {threads} threads, torch"
-            f" {stamp['torch']}; each is on disk when done: {out}",
-            highlight=False,
+            f" {stamp['torch']}; each is on disk when done: {out}"
         )
         bench = Run(plan)
         complete = bench(show.begin, show.done)
     order = sorted(bench.document["results"], key=lambda r: SUITES.index(r["suite"]))
-    show.console.print(table(order))
-    left_out = "\n".join(f"  {line}" for line in reasons(order))
-    print(f"\nLeft out, and of how many cases:\n{left_out}")
-    print(f"\nCeilings: {report.ceilings(bench.document)}")
+    show.summary(order)
+    print(f"Ceilings: {report.ceilings(bench.document)}")
     pictures = report.draw(bench.document, out)
     print(f"wrote {out} and {len(pictures)} pictures beside it")
     if not complete:

@@ -118,8 +118,16 @@ def read(path: Path) -> Document:
 
 
 def read_all(folders: Iterable[Path]) -> list[tuple[Path, Document]]:
-    """Every results file under the folders (or files), oldest first."""
-    paths = {p for f in folders for p in ([f] if f.is_file() else f.rglob("*.json"))}
+    """Every results file under the folders (or files), oldest first.
+
+    Not gpu-*.json, beside them: those are the journals of `make gpu`.
+    """
+    paths = {
+        path
+        for folder in folders
+        for path in ([folder] if folder.is_file() else folder.rglob("*.json"))
+        if not path.name.startswith("gpu-")
+    }
     found = [(path, read(path)) for path in sorted(paths)]
     return sorted(found, key=lambda pair: pair[1]["machine"]["date"])
 

@@ -1,16 +1,19 @@
-"""What a run shows: a progress bar above the table of what is done, or plain lines in a log."""
+"""What a run shows: a table of what is done above a progress bar, or plain lines in a log.
+
+rich draws the former; without it, as on machines with torch alone, there are lines everywhere.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from . import results
 from .case import Case, short
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WIDTH = 140  # of a log
 LAST = 16  # results that the live table has
@@ -19,41 +22,64 @@ LAST = 16  # results that the live table has
 class Show:
     """Use as a context; `begin` before each case, `done` after it."""
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
-        self.console = console or Console()
-        if not self.console.is_terminal:
-            self.console.width = WIDTH
+    def __init__(self, total: int, console: Any = None) -> None:
+        self._console = find_console() if console is None else console
         self._done: list[dict] = []
-        bar = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*bar, TextColumn("{task.description}"), console=self.console)
-        self._task = self._progress.add_task("", total=total)
-        self._live: Live | None = None
+        self._total, self._live = total, None
 
     def __enter__(self) -> Show:
-        if self.console.is_terminal:
-            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+        if self._console is not None and self._console.is_terminal:
+            from rich.live import Live
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import TimeElapsedColumn as Elapsed
+
+            bar = (BarColumn(bar_width=24), MofNCompleteColumn(), Elapsed())
+            text = TextColumn("{task.description}", markup=False)
+            self._progress = Progress(*bar, text, console=self._console)
+            self._task = self._progress.add_task("", total=self._total)
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
+            self._live = None
 
     def begin(self, case: Case) -> None:
-        text = f"{case.suite}  {case.name}  {short(case.dtype)}"
-        self._progress.update(self._task, description=text)
-        self._refresh()
+        if self._live is not None:
+            text = f"{case.suite}  {case.name}  {short(case.dtype)}"
+            self._progress.update(self._task, description=text)
+            self._refresh()
 
     def done(self, result: dict) -> None:
         self._done.append(result)
-        self._progress.advance(self._task)
-        self._refresh()
-        if self._live is None:
-            self.console.print(line(result), soft_wrap=True, markup=False, highlight=False)
+        if self._live is not None:
+            self._progress.advance(self._task)
+            self._refresh()
+        else:
+            print(line(result), flush=True)
 
     def _refresh(self) -> None:
-        if self._live is not None:
-            self._live.update(Group(table(self._done[-LAST:]), self._progress))
+        from rich.console import Group
+
+        self._live.update(Group(table(self._done[-LAST:]), self._progress))
+
+    def summary(self, found: list[dict]) -> None:
+        """The whole table, and who was left out."""
+        if self._console is not None:
+            self._console.print(table(found))
+        left_out = "\n".join(f"  {line}" for line in reasons(found))
+        print(f"\nLeft out, and of how many cases:\n{left_out}\n", flush=True)
+
+
+def find_console() -> Any:
+    """rich's, as wide as a log needs where it is no terminal; None without rich."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
 
 
 def line(result: dict) -> str:
@@ -95,6 +121,8 @@ def reasons(found: Iterable[dict]) -> list[str]:
 
 def table(found: Iterable[dict]) -> Table:
     """A row a peer, the fastest first."""
+    from rich.table import Table
+
     shown = Table(box=None, pad_edge=False)
     for column in ("suite", "case", "dtype", "peer"):
         shown.add_column(column, no_wrap=True)

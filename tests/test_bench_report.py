@@ -3,15 +3,21 @@
 import copy
 import io
 import json
+import sys
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 
 from rich.console import Console
 
 from benchmarks import cli, compare, plots, report, results, show
+from benchmarks.decode import Decode
 from benchmarks.device import Cpu
+
+SIZES = {"batch": 1, "heads": 1, "kv_heads": 1, "keys": 8, "head_dim": 8}
+DECODE = Decode(suite="decode", dtype=torch.float32, **SIZES)
 
 
 def seconds(median, spread=0.1):
@@ -150,13 +156,18 @@ def test_committed_documents_are_what_the_results_say(capsys):
     assert cli.main(["report", "--check"]) == 0, capsys.readouterr().out
 
 
-def test_a_run_is_shown_line_by_line_in_a_log():
-    text = io.StringIO()
-    with show.Show(1, Console(file=text)) as shown:
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_run_is_shown_line_by_line_in_a_log(rich, capsys, monkeypatch):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    with show.Show(1) as shown:
+        shown.begin(DECODE)
         shown.done(result())
-    assert "2 ms, 50% of the floor, error 1.0e-03, ×2.00 of torch SDPA" in text.getvalue()
-    shown.console.print(show.table([result()]))
-    assert "torch SDPA" in text.getvalue()
+    text = capsys.readouterr().out
+    assert "2 ms, 50% of the floor, error 1.0e-03, ×2.00 of torch SDPA" in text
+    shown.summary([result()])
+    text = capsys.readouterr().out
+    assert "no <such> thing: FlexAttention (1)" in text and ("1.8–2.2" in text) == rich
     refused = copy.deepcopy(result())
     refused["peers"]["fastattn cpu"] = {"refused": "not yet"}
     assert "ours can't: not yet: fastattn cpu (1)" in show.line(refused)
@@ -166,6 +177,7 @@ def test_a_run_is_shown_live_on_a_terminal():
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=120)
     with show.Show(1, console) as shown:
+        shown.begin(DECODE)
         shown.done(result())
     assert "1/1" in text.getvalue() and "fastattn cpu" in text.getvalue()
 
