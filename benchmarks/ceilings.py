@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from . import CORES
-from .case import Call, Case
+from .case import Call
 from .device import Device
 
 SOURCE = Path(__file__).with_name("fma_probe.cpp")
@@ -59,17 +59,21 @@ class Ceilings:
         call = {"": Call(run, lambda _: {})}
         return min(self._device.times(call, cold=False)[""] for _ in range(4))
 
-    def flops(self, dtype: torch.dtype) -> float:
+    def flops(self, dtype: str) -> float:
         """FLOP/s that no kernel should exceed. 16-bit kernels may widen to fp32."""
-        measured = self.gemm[str(dtype).removeprefix("torch.")]
-        return max(measured, self.gemm["float32"], self.fma)
+        return max(self.gemm[dtype], self.gemm["float32"], self.fma)
 
-    def floor(self, case: Case) -> tuple[float, str] | None:
-        """The least seconds the case can take, and what limits it; None where nothing does."""
-        compute, memory = case.flops / self.flops(case.dtype), case.moved_bytes / self.memory
-        if not compute and not memory:
+    def floor(self, result: dict) -> tuple[float, str] | None:
+        """The least seconds a result's work can take, and what limits it; None where nothing does.
+
+        None also before the ceilings were measured.
+        """
+        flops, moved = result["flops"], result["moved_bytes"]
+        if not (flops or moved) or not self.memory:
             return None
-        return max((compute, "compute"), (memory, "memory"))
+        return max(
+            (flops / self.flops(result["dtype"]), "compute"), (moved / self.memory, "memory")
+        )
 
     def document(self) -> dict:
         return {"gemm_flops": self.gemm, "fma_flops": self.fma, "memory_bytes": self.memory}

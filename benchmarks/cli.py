@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import compare, machine, report, results
+from . import compare, machine, report, results, supervise
 from .ceilings import pin_threads
 from .device import find
 from .runner import Plan, Run, matching
@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         return run(argv)
+    except supervise.DeviceLostError as error:
+        print(f"bench: the device is lost: {error}", file=sys.stderr)
+        return supervise.DEVICE_LOST
     except KeyboardInterrupt:
         print("interrupted; what was finished is on disk", file=sys.stderr)
         return 130
@@ -53,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, help="of timing, a case (default: cpu 3, cuda 0.5)")
     p.add_argument("--threads", type=int, help="of the CPU; default: every core")
     p.add_argument("--out", type=Path, help="the JSON file; default: benchmarks/results/…")
+    p.add_argument("--resume", action="store_true", help="go on with that file's missing cases")
+    p.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)  # a child's
     p.add_argument("--list", action="store_true", help="only list the cases and peers")
     return p
 
@@ -73,6 +78,8 @@ def run(argv: list[str]) -> int:
         return list_all(chosen, asked, device)
     stamp = machine.describe(device.torch_device)
     out = args.out or results.RESULTS / stamp["kind"] / results.file_name(stamp)
+    if kind == "cuda" and not args.supervised:
+        return under_supervision(argv, out, args.budget)
     plan = Plan(
         device=device,
         cases=chosen,
@@ -82,6 +89,8 @@ def run(argv: list[str]) -> int:
         quick=args.quick,
         budget=args.budget,
         named=named,
+        resume=args.resume,
+        supervised=args.supervised,
         options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
     )
     with Show(len(chosen)) as show:
@@ -100,6 +109,19 @@ def run(argv: list[str]) -> int:
         left = len(chosen) - len(order)
         print(f"the time budget of {args.budget:g} s left out {left} of {len(chosen)} cases")
     return 0
+
+
+def under_supervision(argv: list[str], out: Path, budget: float | None) -> int:
+    """The same run in child processes; the first begins a new file unless told to resume."""
+    if "--resume" not in argv:
+        out.unlink(missing_ok=True)
+
+    def command(left: float | None) -> list[str]:
+        more = ["--supervised", "--resume", "--out", str(out)]
+        more += [] if left is None else ["--budget", f"{left:.0f}"]
+        return [sys.executable, "-m", "benchmarks", *argv, *more]
+
+    return supervise.supervise(command, out, budget)
 
 
 def choose_peers(backends: Sequence[str], words: Sequence[str]) -> tuple[list, frozenset[str]]:

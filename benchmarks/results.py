@@ -40,6 +40,9 @@ SCHEMA = {
     },
     "ceilings": {"gemm_flops": {"*": NUMBER}, "fma_flops": NUMBER, "memory_bytes": NUMBER},
     "clocks": [{"*": OPTIONAL_NUMBER}],  # each time the ceilings were measured
+    "lost?": [  # what took the process down; peer "" is the timing of all
+        {"suite": str, "case": str, "dtype": str, "peer": str, "reason": str}
+    ],
     "results": [
         {
             "suite": str,

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine, results
+from . import machine, results, supervise
 from .case import Call, Case, Inputs, Peer
 from .ceilings import Ceilings
 from .device import Device
 from .timing import interleave, timing
 
+RECENT = 5  # cases whose durations tell what the next may take
 REMEASURE_SECONDS = 60.0  # between measurements of the ceilings
 SLOW = 4.0  # a call longer than this many times the seconds of a case is not repeated
 
+Exact = dict[str, Tensor]
+Taken = dict[str, Call]  # by the peer's name
 Show = Callable[[dict], None]
 
 
@@ -40,6 +43,8 @@ class Plan:
     quick: bool = False
     budget: float | None = None  # seconds of the whole run
     named: frozenset[str] = frozenset()  # peers asked for by name, which may compile in any run
+    resume: bool = False  # go on with the file `out`
+    supervised: bool = False  # somebody wants to know what is tried
     options: dict[str, Any] = field(default_factory=dict)  # as given: for the record
 
 
@@ -47,35 +52,40 @@ class Run:
     def __init__(self, plan: Plan, now: Callable[[], float] = time.monotonic) -> None:
         self.plan, self._now, self._begin = plan, now, now()
         self.ceilings = Ceilings(plan.device)
-        self._measured = -float("inf")
-        self._longest = 0.0  # of the cases so far, in seconds
-        self._cases: list[Case] = []  # those done
+        self._measured, self._written = -float("inf"), now()
+        self._took: list[float] = []  # seconds of each case so far
         on = plan.device.torch_device
-        self.document: results.Document = {
+        if plan.resume and plan.out.exists():
+            self.document = results.read(plan.out)
+            self.document["complete"] = False
+            return
+        self.document = {
             "version": results.VERSION,
             "complete": False,
             "seconds": 0.0,
             "options": plan.options,
             "machine": machine.describe(on),
-            "ceilings": {},
+            "ceilings": self.ceilings.document(),
             "clocks": [],
             "results": [],
         }
 
     def __call__(self, begin: Show = lambda case: None, done: Show = lambda result: None) -> bool:
         """Runs the cases; True if all of them were. `begin` gets each case, `done` its result."""
-        complete = True
+        complete, have = True, {results.key(r) for r in self.document["results"]}
         for case in sorted(self.plan.cases, key=lambda case: case.rank):
+            if key_of(case) in have:
+                continue
             if not self.fits():
                 complete = False
                 break
             start = self._now()
             begin(case)  # type: ignore[arg-type]
             self.measure_ceilings()
-            self.document["results"].append(self.run(case))
-            self._cases.append(case)
-            self._longest = max(self._longest, self._now() - start)
             self.write()
+            self.document["results"].append(self.run(case))
+            self.write()
+            self._took.append(self._now() - start)
             done(self.document["results"][-1])
         self.measure_ceilings(at_once=True)
         self.document["complete"] = complete
@@ -83,9 +93,10 @@ class Run:
         return complete
 
     def fits(self) -> bool:
-        """Time is left for another case as long as the longest so far."""
+        """Time is left for another case as long as the longest of the last few."""
+        next_one = max(self._took[-RECENT:], default=0.0)
         used = self._now() - self._begin
-        return self.plan.budget is None or used + self._longest <= self.plan.budget
+        return self.plan.budget is None or used + next_one <= self.plan.budget
 
     def measure_ceilings(self, at_once: bool = False) -> None:
         if at_once or self._now() - self._measured > REMEASURE_SECONDS:
@@ -96,9 +107,10 @@ class Run:
     def write(self) -> None:
         """Floors are by the best ceilings of the run so far."""
         self.document["ceilings"] = self.ceilings.document()
-        self.document["seconds"] = self._now() - self._begin
-        for case, result in zip(self._cases, self.document["results"], strict=True):
-            floor, bound = self.ceilings.floor(case) or (None, None)
+        self.document["seconds"] += self._now() - self._written
+        self._written = self._now()
+        for result in self.document["results"]:
+            floor, bound = self.ceilings.floor(result) or (None, None)
             result["floor_seconds"], result["bound"] = floor, bound
             for name, peer in results.timed(result).items():
                 share = None if floor is None else floor / results.median(result, name)
@@ -111,7 +123,7 @@ class Run:
         result: dict[str, Any] = {
             "suite": case.suite,
             "case": case.name,
-            "dtype": str(case.dtype).removeprefix("torch."),
+            "dtype": key_of(case)[2],
             "rank": case.rank,
             "baseline": case.baseline,
             "flops": case.flops,
@@ -125,25 +137,41 @@ class Run:
             torch.compiler.reset()  # or the cases before would count against the recompile limit
         inputs = case.inputs(self.plan.device.torch_device)
         exact = case.exact(inputs)
-        calls: dict[str, Call] = {}
+        calls: Taken = {}
         for peer in self.plan.peers:
             if case.suite not in peer.suites:
                 continue
-            entry = result["peers"][peer.name] = {"ours": True} if peer.ours else {}
             reason = self.left_out(peer, case) or peer.refuses(case, self.plan.device.torch_device)
-            if reason is None:
-                reason = self.try_out(peer, case, inputs, exact, entry, calls)
-            if reason is not None:
-                result["peers"][peer.name] = {"refused": reason}
-        if calls:
+            result["peers"][peer.name] = (
+                self.try_out(peer, case, inputs, exact, calls)
+                if reason is None
+                else {"refused": reason}
+            )
+        self.note(case, "")
+        if calls and (reason := self.lost(case, "")) is None:
             timings = interleave(self.plan.device, calls, self.plan.seconds, case.cold)
             for name, t in timings.items():
                 result["peers"][name]["seconds"] = asdict(t)
+        elif calls:
+            result["peers"] |= {name: {"refused": reason} for name in calls}
         calls.clear()
         self.tidy()
         return result
 
+    def note(self, case: Case, peer: str) -> None:
+        if self.plan.supervised:
+            supervise.note(self.plan.out, *key_of(case), peer)
+
+    def lost(self, case: Case, peer: str) -> str | None:
+        """How an earlier attempt ended, if this took the process down."""
+        for entry in self.document.get("lost", []):
+            if (*results.key(entry), entry["peer"]) == (*key_of(case), peer):
+                return entry["reason"]
+        return None
+
     def left_out(self, peer: Peer, case: Case) -> str | None:
+        if (reason := self.lost(case, peer.name)) is not None:
+            return reason
         if peer.compiles and peer.name not in self.plan.named:
             if self.plan.quick:
                 return "compiles: in a quick run only if named by --peer"
@@ -151,48 +179,57 @@ class Run:
                 return "compiles: under a time budget only in cases of rank 0"
         return None
 
-    def try_out(
-        self,
-        peer: Peer,
-        case: Case,
-        inputs: Inputs,
-        exact: dict[str, Tensor],
-        entry: dict[str, Any],
-        calls: dict[str, Call],
-    ) -> str | None:
-        """Checks the peer and notes its call; or tells why it can't take the case."""
+    def try_out(self, peer: Peer, case: Case, inputs: Inputs, exact: Exact, taken: Taken) -> dict:
+        """What the results file says of the peer so far; its call is added to those taken."""
+        self.note(case, peer.name)
         try:
-            call = peer.prepare(case, inputs)
-            start = self._now()
-            found = call.first()
-            first = self._now() - start
-            entry["errors"] = errors(case, found, exact)
-            del found
-            for name, error in entry["errors"].items():
-                largest = float(exact[name].abs().max())
-                if not error <= case.wrong_beyond * largest:
-                    return f"wrong: the error of {name} is {error:.2g}, its largest {largest:.2g}"
-            if case.once:
-                entry["seconds"] = asdict(timing([first], 1))
-                entry["facts"] = dict(call.facts)
-                return None
-            if exact:
-                entry["peak_bytes"] = self.plan.device.peak_bytes(lambda: only_run(call))
-            start = self._now()
-            self.plan.device.times({"": call}, case.cold)  # warm
-            seconds, limit = self._now() - start, SLOW * self.plan.seconds
+            entry = self.attempt(peer, case, inputs, exact, taken)
         except Exception as error:  # whatever a peer raises, the others go on
+            entry = {"refused": reason_of(error)}
+        if "refused" in entry:  # only now: the exception held the tensors of its frames
             self.tidy()
-            return reason_of(error)
-        if seconds > limit and not peer.ours and peer.name != case.baseline:
-            return f"too slow for this run: {seconds:.2g} s a call; --seconds gives more"
-        calls[peer.name] = call
-        return None
+        return entry
+
+    def attempt(self, peer: Peer, case: Case, inputs: Inputs, exact: Exact, taken: Taken) -> dict:
+        entry: dict[str, Any] = {"ours": True} if peer.ours else {}
+        call = peer.prepare(case, inputs)
+        start = self._now()
+        found = call.first()
+        first = self._now() - start
+        entry["errors"] = errors(case, found, exact)
+        del found
+        for name, error in entry["errors"].items():
+            largest = float(exact[name].abs().max())
+            if not error <= case.wrong_beyond * largest:
+                wrong = f"wrong: the error of {name} is {error:.2g}, its largest {largest:.2g}"
+                return {"refused": wrong}
+        if case.once:
+            return entry | {"seconds": asdict(timing([first], 1)), "facts": dict(call.facts)}
+        if exact:
+            entry["peak_bytes"] = self.plan.device.peak_bytes(lambda: only_run(call))
+        start = self._now()
+        self.plan.device.times({"": call}, case.cold)  # warm
+        seconds = self._now() - start
+        if seconds > SLOW * self.plan.seconds and not peer.ours and peer.name != case.baseline:
+            slow = f"too slow for this run: {seconds:.2g} s a call; --seconds gives more"
+            return {"refused": slow}
+        taken[peer.name] = call
+        return entry
 
     def tidy(self) -> None:
+        """Frees what is not used any more. Raises DeviceLostError where the device is gone."""
         gc.collect()
         if self.plan.device.torch_device.type == "cuda":
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                raise supervise.DeviceLostError(reason_of(error)) from error
+
+
+def key_of(case: Case) -> tuple[str, str, str]:
+    """As results.key of its result."""
+    return case.suite, case.name, str(case.dtype).removeprefix("torch.")
 
 
 def only_run(call: Call) -> None:

@@ -6,10 +6,8 @@ import torch
 from benchmarks import ceilings
 from benchmarks.ceilings import Ceilings
 from benchmarks.device import Cpu
-from benchmarks.losses import CrossEntropy, LinearCrossEntropy
-from benchmarks.package import Package
 
-FP32, BF16 = torch.float32, torch.bfloat16
+BF16 = torch.bfloat16
 
 
 @pytest.fixture
@@ -20,19 +18,19 @@ def made_up():
 
 
 def test_a_floor_is_the_larger_of_compute_and_memory(made_up):
-    linear = LinearCrossEntropy(suite="", dtype=FP32, rows=5, channels=3, vocab=7)
-    moved = 2 * (5 + 7) * 3 * 4 / 10
-    assert made_up.floor(linear) == (moved, "memory")
-    made_up.memory = 1e9
-    assert made_up.floor(linear) == (6 * 5 * 3 * 7 / 200, "compute")
-    assert made_up.floor(CrossEntropy(suite="", dtype=BF16, rows=5, vocab=7))[1] == "memory"
-    assert made_up.floor(Package(suite="", what="import")) is None
+    both = {"flops": 2000, "moved_bytes": 110, "dtype": "float32"}
+    assert made_up.floor(both) == (11.0, "memory")
+    assert made_up.floor(both | {"flops": 3000}) == (15.0, "compute")
+    assert made_up.floor(both | {"flops": 3000, "dtype": "bfloat16"}) == (11.0, "memory")
+    assert made_up.floor(both | {"flops": 0}) == (11.0, "memory")
+    assert made_up.floor(both | {"flops": 0, "moved_bytes": 0}) is None
+    assert Ceilings(Cpu()).floor(both) is None
 
 
 def test_fp32_registers_are_a_ceiling_for_all_dtypes(made_up):
-    assert made_up.flops(FP32) == 200 and made_up.flops(BF16) == 300
+    assert made_up.flops("float32") == 200 and made_up.flops("bfloat16") == 300
     made_up.fma = 1000.0
-    assert made_up.flops(BF16) == 1000
+    assert made_up.flops("bfloat16") == 1000
 
 
 def test_measuring_keeps_the_best(monkeypatch):

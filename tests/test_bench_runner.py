@@ -182,3 +182,24 @@ def test_gpu_clocks_are_what_nvidia_smi_says(monkeypatch):
     assert found == {"sm_mhz": 1980.0, "memory_mhz": 3201.0, "watts": 612.44, "celsius": None}
     monkeypatch.setattr(machine, "nvidia_smi", lambda fields: None)
     assert machine.clocks(torch.device("cuda")) == {"sm_mhz": None}
+
+
+def test_a_run_goes_on_where_it_was_cut_without_what_was_lost(tmp_path):
+    cases = [Double(number=n) for n in range(3)]
+    first = Run(plan(tmp_path, cases[:1]))
+    first()
+    lost = {"suite": "decode", "dtype": "float32", "reason": "killed by signal 11"}
+    document = results.read(first.plan.out)
+    document["lost"] = [
+        lost | {"case": "N1", "peer": "nearly"},
+        lost | {"case": "N2", "peer": ""},
+    ]
+    results.write(first.plan.out, document)
+    run = Run(plan(tmp_path, cases, resume=True, supervised=True))
+    assert run()
+    zero, one, two = results.read(first.plan.out)["results"]
+    assert zero == first.document["results"][0] | {"bound": "compute"}
+    assert one["peers"]["nearly"]["refused"] == "killed by signal 11"
+    assert "seconds" in one["peers"]["torch"]
+    assert two["peers"]["torch"]["refused"] == "killed by signal 11"
+    assert two["peers"]["fails"]["refused"] == "no kernel"
