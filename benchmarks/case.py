@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastattn import backends
+
 Inputs = dict[str, Any]  # by the names of the glossary; the same tensors for every peer
 Results = Mapping[str, Tensor]  # likewise, in fastattn's layouts
 
@@ -126,6 +128,21 @@ class Peer:
         except Exception as error:  # a package that breaks on import breaks nothing here
             return f"{self.module} can't be imported: {error}"
         return None
+
+
+def our_peers(suites: frozenset[str], prepare: Callable, features: frozenset[str]) -> list[Peer]:
+    """A peer a row of fastattn's table; its reference row is the eager path, everybody's peer."""
+    return [
+        Peer(
+            name="eager" if row.name == "reference" else f"fastattn {row.name}",
+            suites=suites,
+            prepare=prepare(row.name),
+            features=features,
+            backend=row.name,
+            unfit=lambda case, row=row: row.unusable(),
+        )
+        for row in backends.TABLE
+    ]
 
 
 def short(dtype: torch.dtype | str) -> str:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import fastattn
 
-from .attention import our_peers
 from .attention_packages import HALVES
-from .case import Call, Case, Inputs, Peer, randn
+from .case import Call, Case, Inputs, Peer, our_peers, randn
 
 SUITE = frozenset({"decode"})
 

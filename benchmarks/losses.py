@@ -16,9 +16,8 @@ from torch import Tensor
 
 import fastattn
 
-from .attention import our_peers
 from .attention_packages import HALVES
-from .case import Call, Case, Inputs, Peer, randn
+from .case import Call, Case, Inputs, Peer, our_peers, randn
 
 VOCAB = 50257  # GPT-2's
 ROWS_AT_A_TIME = 256  # of the exact result

@@ -8,7 +8,7 @@ import torch
 
 from fastattn.gpt import GPTConfig
 
-from . import attention, attention_packages, decode, losses, package, train_step
+from . import attention_packages, attention_peers, decode, losses, package, train_step
 from .attention import Attention
 from .case import Case, Peer
 from .decode import Decode
@@ -31,7 +31,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def peers() -> list[Peer]:
-    modules = (attention, attention_packages, decode, losses, train_step, package)
+    modules = (attention_peers, attention_packages, decode, losses, train_step, package)
     return [peer for module in modules for peer in module.PEERS]
 
 

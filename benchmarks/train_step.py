@@ -19,8 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastattn.gpt import GPT, GPTConfig
 from fastattn.optim import adamw
 
-from .attention import our_peers
-from .case import Call, Case, Inputs, Peer
+from .case import Call, Case, Inputs, Peer, our_peers
 from .plain_gpt import PlainGPT
 
 SUITE = frozenset({"train-step"})

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from benchmarks import attention, attention_packages, decode, losses, package, suites, train_step
+from benchmarks import attention_packages, decode, losses, package, suites, train_step
 from benchmarks.attention import Attention
 from benchmarks.case import short
 from benchmarks.decode import Decode
@@ -266,4 +266,3 @@ def test_an_import_is_timed_in_a_fresh_process():
     install = package.Package(suite="import-and-build", what="install")
     assert install.once and not case.once
     assert peers["torch"].refuses(install, CPU) == "no install"
-    assert attention.PEERS

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,3 +247,17 @@ def test_mistakes_are_told_in_a_line(argv, message, capsys, monkeypatch, tmp_pat
 def test_list(capsys):
     assert cli.main(["--device", "cpu", "--list", "--suite", "decode"]) == 0
     assert "0 decode               B8 H32/8 keys 4096 D128" in capsys.readouterr().out
+
+
+def test_runs_on_a_gpu_are_supervised(monkeypatch, tmp_path):
+    gpu = SimpleNamespace(torch_device=torch.device("cuda"))
+    monkeypatch.setattr(cli, "find", lambda kind: gpu)
+    monkeypatch.setattr(cli.machine, "describe", lambda device: {"kind": "h200", "gpu": "H200"})
+    given = []
+    monkeypatch.setattr(cli.supervise, "supervise", lambda *args: given.append(args) or 0)
+    out = tmp_path / "run.json"
+    out.touch()
+    assert cli.main(["--budget", "90", "--quick", "--out", str(out)]) == 0
+    command, path, budget = given[0]
+    assert path == out and budget == 90 and not out.exists()
+    assert command(42.0)[-6:] == ["--supervised", "--resume", "--out", str(out), "--budget", "42"]
