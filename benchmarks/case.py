@@ -28,6 +28,7 @@ class Call:
     run: Callable[[], Any]
     results: Callable[[Any], Results]  # of what `run` returned
     before: Callable[[], object] | None = None
+    release: Callable[[], object] | None = None  # frees what the last call has left
     facts: dict[str, float] = field(default_factory=dict)  # `run` may find out more than a time
 
     def first(self) -> Results:

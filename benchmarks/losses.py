@@ -131,10 +131,14 @@ def loss_call(case: Case, inputs: Inputs, function: LossFunction) -> Call:
     kept = [inputs[name] for name in names]
     leaves = [(x.clone() if in_place else x.detach()).requires_grad_() for x in kept]
 
-    def before() -> None:
-        for x, value in zip(leaves, kept, strict=True):
+    def release() -> None:
+        for x in leaves:
             x.grad = None
-            if in_place:
+
+    def before() -> None:
+        release()
+        if in_place:
+            for x, value in zip(leaves, kept, strict=True):
                 x.data.copy_(value)
 
     def run() -> Tensor:
@@ -145,7 +149,7 @@ def loss_call(case: Case, inputs: Inputs, function: LossFunction) -> Call:
     def results(loss: Tensor) -> dict[str, Tensor]:
         return {"loss": loss} | {f"d{n}": x.grad for n, x in zip(names, leaves, strict=True)}
 
-    return Call(run, results, before)
+    return Call(run, results, before, release)
 
 
 def our_cross_entropy(backend: str) -> Callable[[Case, Inputs], Call]:

@@ -1,7 +1,7 @@
 """Runs cases: each peer is checked against fp64, then its memory is measured, then all are timed.
 
 The results file is rewritten whole after each case. With a time budget, cases come in order of rank
-and none begins that would not fit; peers that compile join only the cases of rank 0 then.
+and none begins that would not fit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from . import machine, results, supervise
 from .case import Call, Case, Inputs, Peer
 from .ceilings import Ceilings
 from .device import Device
-from .timing import interleave, timing
+from .timing import MIN_ROUNDS, interleave, timing
 
 RECENT = 5  # cases whose durations tell what the next may take
 REMEASURE_SECONDS = 60.0  # between measurements of the ceilings
+QUICK_ROUNDS = 3  # at least, of a quick run
 SLOW = 4.0  # a call longer than this many times the seconds of a case is not repeated
 
 Exact = dict[str, Tensor]
@@ -149,7 +150,13 @@ class Run:
             )
         self.note(case, "")
         if calls and (reason := self.lost(case, "")) is None:
-            timings = interleave(self.plan.device, calls, self.plan.seconds, case.cold)
+            timings = interleave(
+                self.plan.device,
+                calls,
+                self.plan.seconds,
+                cold=case.cold,
+                min_rounds=QUICK_ROUNDS if self.plan.quick else MIN_ROUNDS,
+            )
             for name, t in timings.items():
                 result["peers"][name]["seconds"] = asdict(t)
         elif calls:
@@ -172,11 +179,9 @@ class Run:
     def left_out(self, peer: Peer, case: Case) -> str | None:
         if (reason := self.lost(case, peer.name)) is not None:
             return reason
-        if peer.compiles and peer.name not in self.plan.named:
-            if self.plan.quick:
-                return "compiles: in a quick run only if named by --peer"
-            if self.plan.budget is not None and case.rank > 0:
-                return "compiles: under a time budget only in cases of rank 0"
+        telling = case.rank == 0 and not self.plan.quick
+        if peer.compiles and not telling and peer.name not in self.plan.named:
+            return "compiles: only in cases of rank 0 of a full run, or if named by --peer"
         return None
 
     def try_out(self, peer: Peer, case: Case, inputs: Inputs, exact: Exact, taken: Taken) -> dict:
@@ -206,6 +211,8 @@ class Run:
         if case.once:
             return entry | {"seconds": asdict(timing([first], 1)), "facts": dict(call.facts)}
         if exact:
+            if call.release is not None:
+                call.release()
             entry["peak_bytes"] = self.plan.device.peak_bytes(lambda: only_run(call))
         start = self._now()
         self.plan.device.times({"": call}, case.cold)  # warm

@@ -15,7 +15,7 @@ from .case import Case, short
 if TYPE_CHECKING:
     from rich.table import Table
 
-WIDTH = 140  # of a log
+WIDTH = 170  # of a log
 LAST = 16  # results that the live table has
 
 

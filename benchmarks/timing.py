@@ -48,7 +48,12 @@ def one_round(device: Device, calls: Mapping[str, Call], cold: bool) -> Round:
 
 
 def interleave(
-    device: Device, calls: Mapping[str, Call], seconds: float, cold: bool = True
+    device: Device,
+    calls: Mapping[str, Call],
+    seconds: float,
+    *,
+    cold: bool = True,
+    min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Timing]:
     """Time warm calls for about `seconds` in all; up to PATIENCE times that on a noisy machine."""
     rounds: list[Round] = []
@@ -56,14 +61,14 @@ def interleave(
     start = time.perf_counter()
     while len(rounds) < MAX_ROUNDS:
         elapsed = time.perf_counter() - start
-        if elapsed > seconds and len(quiet) >= MIN_ROUNDS:
+        if elapsed > seconds and len(quiet) >= min_rounds:
             break
-        if elapsed > PATIENCE * seconds and len(rounds) >= MIN_ROUNDS:
+        if elapsed > PATIENCE * seconds and len(rounds) >= min_rounds:
             break
         rounds.append(one_round(device, calls, cold))
         best = min(r.probe for r in rounds)
         quiet = [r for r in rounds if r.probe <= best / 0.9 and r.stolen < 0.02]
-    if len(quiet) < MIN_ROUNDS:
+    if len(quiet) < min_rounds:
         quiet = sorted(rounds, key=lambda r: r.stolen)[: (len(rounds) + 1) // 2]
     return {name: timing([r.times[name] for r in quiet], len(rounds)) for name in calls}
 

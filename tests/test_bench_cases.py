@@ -12,8 +12,9 @@ from benchmarks import attention_packages, decode, losses, package, suites, trai
 from benchmarks.attention import Attention
 from benchmarks.case import short
 from benchmarks.decode import Decode
+from benchmarks.device import Cpu
 from benchmarks.losses import CrossEntropy, LinearCrossEntropy
-from benchmarks.runner import errors
+from benchmarks.runner import errors, only_run
 from benchmarks.train_step import TrainStep
 from fastattn.gpt import GPTConfig
 
@@ -96,6 +97,15 @@ def test_transformers_trains_from_the_same_weights():
     pytest.importorskip("transformers")
     (peer,) = (p for p in train_step.PEERS if p.name == "transformers")
     check(peer, TRAIN)
+
+
+def test_the_peak_of_a_loss_has_its_gradient():
+    case = CrossEntropy(suite="cross-entropy", dtype=FP32, rows=512, vocab=50257)
+    call = losses.our_cross_entropy("cpu")(case, case.inputs(CPU))
+    call.first()
+    call.release()
+    peak = Cpu().peak_bytes(lambda: only_run(call))
+    assert peak is None or 0.9 < peak / case.moved_bytes * 2 < 1.5
 
 
 def test_dropout_has_no_exact_result():
