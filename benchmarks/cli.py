@@ -55,7 +55,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=float, help="seconds of the whole run; most telling first")
     p.add_argument("--seconds", type=float, help="of timing, a case (default: cpu 3, cuda 0.5)")
     p.add_argument("--threads", type=int, help="of the CPU; default: every core")
-    p.add_argument("--out", type=Path, help="the JSON file; default: benchmarks/results/…")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=results.RESULTS,
+        help="a JSON file, or a folder for <kind of machine>/<date>-<commit>.json; default:"
+        " benchmarks/results",
+    )
     p.add_argument("--resume", action="store_true", help="go on with that file's missing cases")
     p.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)  # a child's
     p.add_argument("--list", action="store_true", help="only list the cases and peers")
@@ -77,7 +83,9 @@ def run(argv: list[str]) -> int:
     if args.list:
         return list_all(chosen, asked, device)
     stamp = machine.describe(device.torch_device)
-    out = args.out or results.RESULTS / stamp["kind"] / results.file_name(stamp)
+    out = args.out
+    if out.suffix != ".json":
+        out = out / stamp["kind"] / results.file_name(stamp)
     if kind == "cuda" and not args.supervised:
         return under_supervision(argv, out, args.budget)
     plan = Plan(

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(target, str):
         print(f"make gpu: {target}")
         return 1
+    target.results = arguments.results
     stamp = journal.machine(target.device, target.arch, target.nvcc)
     folder = arguments.results / journal.file_name_of(target.device)
     book = journal.Journal(folder / f"gpu-{stamp['commit'] or stamp['sources']}.json", stamp)
