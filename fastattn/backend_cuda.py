@@ -38,17 +38,11 @@ def attn_bwd(
     deterministic it is first made for every score, in B · H_q · S_q · S_k floats."""
     bias = p.bias
     if deterministic and bias is not None:
-        p = p._replace(bias=bias.float().expand(_scores_shape(p)))
+        p = p._replace(bias=bias.float().expand(p.scores_shape))
     dq, dk, dv, dbias, dsinks = _compiled.attn_bwd(p, out, lse, dout, dlse, deterministic)
     if bias is not None and dbias is not None:
         dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
     return dq, dk, dv, dbias, dsinks
-
-
-def _scores_shape(p: AttentionProblem) -> tuple[int, int, int, int]:
-    if p.cu_seqlens_q is not None:
-        return len(p.cu_seqlens_q) - 1, p.q.shape[1], p.max_seqlen_q, p.max_seqlen_k
-    return p.q.shape[0], p.q.shape[2], p.q.shape[1], p.k.shape[1]
 
 
 def unusable() -> str | None:

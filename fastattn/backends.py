@@ -77,6 +77,7 @@ class Backend(NamedTuple):
 
 TABLE = (
     Backend("cuda", "CUDA C++ kernels", ".backend_cuda"),
+    Backend("triton", "Triton kernels", ".backend_triton"),
     Backend("cpu", "SIMD C++ kernels", ".backend_cpu"),
     Backend("reference", "eager PyTorch, the specification", ".backend_reference"),
 )

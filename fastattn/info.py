@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, library
+from . import __version__, backend_triton, library
 from .backends import TABLE
 
 EXTRAS = {
@@ -113,6 +113,8 @@ def backends() -> list[Line]:
             rows.append(("", cpu_isa()))
         if row.name == "cuda" and reason is None:
             rows.append(("", cuda_target()))
+        if row.name == "triton" and reason is None:
+            rows.append(("", triton_version()))
     if forced := os.environ.get("FASTATTN_BACKEND"):
         known = forced in {row.name for row in TABLE}
         rows.append(("forced", f"FASTATTN_BACKEND={forced}" + ("" if known else " is no backend")))
@@ -138,6 +140,12 @@ def cuda_target() -> str:
         return f"in the emulator of FASTATTN_EMULATE, as on sm_{arch}; only if asked for"
     built = [f"sm_{arch}" for arch in library.cuda_architectures()]
     return f"built for {', '.join(built)} and later ones"
+
+
+def triton_version() -> str:
+    """Triton's version, and whether it interprets."""
+    where = " in its interpreter; only if asked for" if backend_triton.interpreted() else ""
+    return f"triton {installed_version('triton')}{where}"
 
 
 # ---- packages ----------------------------------------------------------------------------------

@@ -51,6 +51,14 @@ class AttentionProblem(NamedTuple):
     def packed(self) -> bool:
         return self.cu_seqlens_q is not None
 
+    @property
+    def scores_shape(self) -> tuple[int, int, int, int]:
+        """(B, H_q, S_q, S_k), or of the longest sequences: what masks and biases broadcast to."""
+        if self.cu_seqlens_q is not None:
+            batch = self.cu_seqlens_q.shape[0] - 1
+            return batch, self.q.shape[1], self.max_seqlen_q, self.max_seqlen_k
+        return self.q.shape[0], self.q.shape[2], self.q.shape[1], self.k.shape[1]
+
 
 class DecodeProblem(NamedTuple):
     """A few queries against a KV cache, contiguous or paged; may rotate them and append keys."""

@@ -6,6 +6,7 @@ backend's kernels want them.
 
 from __future__ import annotations
 
+import collections
 import os
 import random
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import emulated
 import numpy as np
 import pretend_device
+import public
 import pytest
 import torch
 
@@ -22,6 +24,9 @@ from fastattn import backends, library
 # all of them but for how much shared memory there is.
 EMULATED = (80, 75)
 FOR_GPUS = ("cuda", "triton")
+
+if not torch.cuda.is_available():  # Triton reads it once, when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Deterministic algorithms, which `poisoned` asks for, need it of cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -47,13 +52,15 @@ def device_for(backend: str) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` goes over the table's rows that are usable here, and `emulated` tests' over the
-    emulated architectures too: as cuda-sm80, cuda-sm75. `--backend cuda` is a GPU where there is
-    one, and the emulator elsewhere."""
+    emulated architectures too, as cuda-sm80, cuda-sm75, and over Triton's interpreter. `--backend
+    cuda` is a GPU where there is one, and the emulator elsewhere."""
     if "backend" in metafunc.fixturenames:
         names = [row.name for row in backends.TABLE if usable(row)]
         emulated_too = metafunc.definition.get_closest_marker("emulated") is not None
         if emulated_too and "threads" not in metafunc.fixturenames:  # threads are the CPU's
             names += [f"cuda-sm{arch}" for arch in EMULATED]
+        elif "triton" in names and device_for("triton") == "cpu":
+            names.remove("triton")
         if wanted := metafunc.config.getoption("--backend"):
             whole = {name for name in wanted if name in names}
             names = [n for n in names if n in wanted or n.split("-")[0] in set(wanted) - whole]
@@ -101,11 +108,27 @@ def emulate(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTATTN_EMULATE_ARCH", str(arch))
 
 
+@pytest.hookimpl(tryfirst=True)  # before those marked slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    thin_out_interpreted(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def thin_out_interpreted(items: list[pytest.Item]) -> None:
+    """Of a test's cases in Triton's interpreter one dtype each, in turn, is not slow."""
+    seen: dict[str, list[str]] = collections.defaultdict(list)
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        interpreted = params.get("backend") == "triton" and device_for("triton") == "cpu"
+        if interpreted and {"case", "dtype"} <= params.keys():
+            cases = seen[item.nodeid.split("[")[0]]
+            if str(params["case"]) not in cases:
+                cases.append(str(params["case"]))
+            if params["dtype"] != public.KERNEL_DTYPES[cases.index(str(params["case"])) % 3]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -381,4 +381,4 @@ def test_options_of_other_dtypes(backend: str, wide: torch.dtype) -> None:
 
 def test_every_row_of_the_table_is_tested() -> None:
     """The `backend` argument of these tests goes over the table's usable rows."""
-    assert {row.name for row in backends.TABLE} == {"cuda", "cpu", "reference"}
+    assert {row.name for row in backends.TABLE} == {"cuda", "triton", "cpu", "reference"}

@@ -132,7 +132,7 @@ def test_an_argument_outdoes_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ValueError, match="backend='gpu' is no backend; there are cuda, cpu, reference"
+        ValueError, match="backend='gpu' is no backend; there are cuda, triton, cpu, reference"
     ):
         fastattn.attention(*tensors(), backend="gpu")
     monkeypatch.setenv("FASTATTN_BACKEND", "quick")
@@ -146,14 +146,15 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not BUILT, reason="the kernels are not built")
 def test_explain_names_the_chosen_one() -> None:
     explanation = fastattn.explain(*tensors())
-    assert explanation.rows[1:] == (("cpu", "chosen"), ("reference", "could, not chosen"))
-    assert explanation.rows[0][0] == "cuda" and explanation.rows[0][1].startswith("no: ")
-    assert str(explanation).splitlines()[1].split() == ["cpu", "chosen"]
+    assert explanation.rows[2:] == (("cpu", "chosen"), ("reference", "could, not chosen"))
+    for row, name in zip(explanation.rows, ("cuda", "triton"), strict=False):
+        assert row[0] == name and row[1].startswith("no: ")
+    assert str(explanation).splitlines()[2].split() == ["cpu", "chosen"]
 
 
 def test_explain_says_why_not(unbuilt: None) -> None:
     rows = dict(fastattn.explain(*tensors(), dropout_p=0.1).rows)
-    assert rows.pop("cuda").startswith("no: ")
+    assert rows.pop("cuda").startswith("no: ") and rows.pop("triton").startswith("no: ")
     assert rows == {"cpu": "no: there is no library", "reference": "chosen"}
     rows = dict(fastattn.explain(*tensors(), backend="reference").rows)
     assert rows["reference"] == "chosen (asked for)"
@@ -246,9 +247,10 @@ except RuntimeError as error:
 """
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    where, cuda, cpu, reference, error = done.stdout.splitlines()
+    where, cuda, triton, cpu, reference, error = done.stdout.splitlines()
     assert where == str(copy / "__init__.py")
     assert cuda.startswith("cuda") and "no: " in cuda
+    assert triton.startswith("triton") and "no: " in triton
     assert cpu.startswith("cpu") and "fastattn/_C*.so is missing" in cpu
     assert reference.split() == ["reference", "chosen"]
     assert "backend='cpu' can't take this problem: fastattn/_C*.so is missing" in error

@@ -1,0 +1,116 @@
+"""The Triton kernels' row in the backend table: kernels/, compiled on first use for the GPU.
+
+With TRITON_INTERPRET=1 in the environment when triton is first imported, Triton's interpreter runs
+them on CPU tensors, thousands of times slower, for whoever asks for this backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .backends import KERNEL_DTYPES, Problem
+from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+
+
+def unusable() -> str | None:
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        return "there is no GPU"  # said without importing triton
+    return _no_triton()
+
+
+@functools.cache
+def _no_triton() -> str | None:
+    try:
+        _kernels("interpreter")
+    except ImportError as error:
+        return f"triton can't be used: {error}"
+    return None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which is then mended."""
+    interpreter = _kernels("interpreter")
+    if not interpreter.running():
+        return False
+    interpreter.mend()
+    return True
+
+
+def refuses(p: Problem, asked: bool) -> str | None:
+    first = p[0]
+    if first.dtype not in KERNEL_DTYPES:
+        return f"dtype {first.dtype} has no kernel, only float32, bfloat16 and float16 have"
+    if interpreted():
+        if not asked:
+            return "here it runs in Triton's interpreter, only if asked for by name"
+        if first.device.type != "cpu":
+            return f"the tensors are on {first.device}, and the interpreter takes those on the CPU"
+        return None
+    if first.device.type != "cuda":
+        return f"the tensors are on {first.device}, not a GPU"
+    if not asked:
+        return "it has not been proved on hardware yet; backend='triton' asks for it"
+    if torch.version.cuda is not None:
+        major, minor = torch.cuda.get_device_capability(first.device)
+        if major < 8:
+            return f"Triton has no tensor core products for sm_{major}{minor}, only from sm_80 on"
+    return None
+
+
+def _kernels(module: str) -> ModuleType:
+    return importlib.import_module(f".kernels.{module}", __package__)
+
+
+def _on_device_of(t: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
+    with _on_device_of(p.q):
+        return _kernels("attention_fwd").attn_fwd(p)
+
+
+def attn_bwd(
+    p: AttentionProblem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    with _on_device_of(p.q):
+        return _kernels("attention_bwd").attn_bwd(p, out, lse, dout, dlse, deterministic)
+
+
+def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
+    with _on_device_of(p.q):
+        return _kernels("attention_decode").attn_decode(p)
+
+
+def cross_entropy_fwd(
+    p: CrossEntropyProblem, dloss: Tensor | None, dlogits: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse a row; with dlogits (may be the logits) dloss · ∂loss too, in one pass."""
+    with _on_device_of(p.logits):
+        return _kernels("cross_entropy").cross_entropy_fwd(p, dloss, dlogits)
+
+
+def cross_entropy_bwd(
+    p: CrossEntropyProblem,
+    lse: Tensor,
+    dloss: Tensor,
+    dlse: Tensor | None,
+    dlogits: Tensor | None = None,
+) -> Tensor:
+    """dloss · ∂loss + dlse · ∂lse; written to dlogits (may be the logits) if given."""
+    with _on_device_of(p.logits):
+        return _kernels("cross_entropy").cross_entropy_bwd(p, dloss, dlse, dlogits)

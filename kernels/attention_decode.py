@@ -1,0 +1,355 @@
+"""A few queries against a long KV cache, contiguous or paged. Its limit is reading K and V once.
+
+The query heads of a KV head, times the queries, are the rows of one tile, so that a key is read for
+all of them at once. The keys of a sequence are split over programs, whose results a second kernel
+merges: a split has its own softmax, with lse_s and out_s, and
+
+    lse = log Σ_s exp(lse_s)      out = Σ_s exp(lse_s − lse) · out_s
+
+where a sink is one more score (Dao et al., "Flash-Decoding", 2023). New keys, rotated, and values
+are appended to the cache by a kernel of their own before.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.problem import DecodeProblem
+from fastattn.rotary import rotate_queries
+
+from . import configs
+from .arguments import heads_of, mods_of, padded, precision_of, rows_of, window_of
+from .primitives import (
+    LN2,
+    LOG2E,
+    Place,
+    add_sink,
+    blocks_seen,
+    load_at,
+    natural_lse,
+    online_softmax,
+    scores_from,
+    store_at,
+)
+
+
+class Cache(NamedTuple):
+    k: Any  # Heads of rows, or pages, by position
+    v: Any
+    seqlens: Any  # (B,) int32, before the append
+    seqlen_new: Any  # keys appended
+    block_table: Any  # (B, pages) int32 or None
+    table_stride: Any
+    page_size: Any
+    rows: Any  # (B,) int32 or None: the sequence's row of a cache that isn't paged
+    leftpad: Any  # (B,) int32 or None: the first position with a key
+
+
+@triton.jit
+def cache_offsets(x, cache, batch, positions, there):
+    """Where the rows at these positions of a sequence lie in x, the cache's K or V; of head 0."""
+    if cache.block_table is None:
+        row = tl.cast(batch, tl.int64)
+        if cache.rows is not None:
+            row = tl.load(cache.rows + batch).to(tl.int64)
+        return row * x.batch + positions.to(tl.int64) * x.seq
+    else:
+        at = cache.block_table + tl.cast(batch, tl.int64) * cache.table_stride
+        page = tl.load(at + positions // cache.page_size, mask=there, other=0).to(tl.int64)
+        return page * x.batch + (positions % cache.page_size).to(tl.int64) * x.seq
+
+
+# --- append ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def cache_append_kernel(
+    k,  # Heads (B, S_new, H_k, D)
+    v,
+    cache,
+    cos,  # (positions, R), rows cos_stride apart; or None
+    sin,
+    cos_stride,
+    sin_stride,
+    heads_k,
+    INTERLEAVED: tl.constexpr,
+    ROTARY_PAIRS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One key and value of one head a program."""
+    program = tl.program_id(0)
+    head, i = program % heads_k, program // heads_k % cache.seqlen_new
+    batch = program // heads_k // cache.seqlen_new
+    position = tl.load(cache.seqlens + batch) + i
+    b, s, h = tl.cast(batch, tl.int64), tl.cast(i, tl.int64), tl.cast(head, tl.int64)
+    from_k = k.data + b * k.batch + s * k.seq + h * k.head
+    from_v = v.data + b * v.batch + s * v.seq + h * v.head
+    to_k = cache.k.data + cache_offsets(cache.k, cache, batch, position, True) + h * cache.k.head
+    to_v = cache.v.data + cache_offsets(cache.v, cache, batch, position, True) + h * cache.v.head
+
+    columns = tl.arange(0, BLOCK_DV)
+    tl.store(
+        to_v + columns,
+        tl.load(from_v + columns, mask=columns < HEAD_DIM_V, other=0.0),
+        mask=columns < HEAD_DIM_V,
+    )
+    columns = tl.arange(0, BLOCK_D)
+    rest = (columns >= 2 * ROTARY_PAIRS) & (columns < HEAD_DIM)
+    tl.store(to_k + columns, tl.load(from_k + columns, mask=rest, other=0.0), mask=rest)
+    if ROTARY_PAIRS > 0:
+        pairs = tl.arange(0, BLOCK_R)
+        there = pairs < ROTARY_PAIRS
+        first, second = pairs, pairs + ROTARY_PAIRS
+        if INTERLEAVED:
+            first, second = 2 * pairs, 2 * pairs + 1
+        x = tl.load(from_k + first, mask=there, other=0.0).to(tl.float32)
+        y = tl.load(from_k + second, mask=there, other=0.0).to(tl.float32)
+        row = tl.cast(position, tl.int64)
+        c = tl.load(cos + row * cos_stride + pairs, mask=there, other=0.0).to(tl.float32)
+        d = tl.load(sin + row * sin_stride + pairs, mask=there, other=0.0).to(tl.float32)
+        dtype = cache.k.data.dtype.element_ty
+        tl.store(to_k + first, (x * c - y * d).to(dtype), mask=there)
+        tl.store(to_k + second, (x * d + y * c).to(dtype), mask=there)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def attn_decode_kernel(
+    q,  # Heads (B, S_q, H_q, D)
+    cache,
+    out,  # Heads (B, S_q, H_q, D_v), of each split out_split elements apart
+    out_split,
+    lse,  # Heads (B, S_q, H_q), lse_split apart
+    lse_split,
+    sinks,  # None where there are splits: it is a score of the whole
+    window,
+    mods,
+    seqlen_q,
+    heads_k,
+    tiles,  # of seqlen_q · GROUP_SIZE rows
+    splits,  # the grid is (splits · tiles · H_k · B,)
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    split, tile = program % splits, program // splits % tiles
+    head_k, batch = program // splits // tiles % heads_k, program // splits // tiles // heads_k
+    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, heads = index // GROUP_SIZE, head_k * GROUP_SIZE + index % GROUP_SIZE
+    there = rows < seqlen_q
+    start = 0
+    if cache.leftpad is not None:
+        start = tl.load(cache.leftpad + batch)
+    seqlen_k = tl.maximum(tl.load(cache.seqlens + batch) + cache.seqlen_new - start, 0)
+    place = Place(batch, heads[:, None], 0, 0, seqlen_q, seqlen_k)
+
+    b, h = tl.cast(batch, tl.int64), tl.cast(head_k, tl.int64)
+    q_offsets = b * q.batch + rows.to(tl.int64) * q.seq + heads.to(tl.int64) * q.head
+    q_tile = load_at(q.data, q_offsets, there, HEAD_DIM, BLOCK_D, True)
+    first = tile * BLOCK_M // GROUP_SIZE
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP_SIZE, seqlen_q - 1)
+    seen = blocks_seen(
+        first, last, seqlen_k - seqlen_q, seqlen_k, window.left, window.right, BLOCK_N
+    )
+    share = tl.cdiv(tl.cdiv(seen.end - seen.begin, BLOCK_N), splits) * BLOCK_N
+    begin = seen.begin + split * share
+    end = tl.minimum(begin + share, seen.end)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for first_key in tl.range(begin, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        exists = keys < seqlen_k
+        k_offsets = cache_offsets(cache.k, cache, batch, start + keys, exists) + h * cache.k.head
+        k_tile = load_at(cache.k.data, k_offsets, exists, HEAD_DIM, BLOCK_D, True)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        s, _ = scores_from(qk, mods, place, window, rows[:, None], keys[None, :], True)
+        weights, row_scale, row_max, row_sum = online_softmax(s, mods.unit, row_max, row_sum)
+        v_offsets = cache_offsets(cache.v, cache, batch, start + keys, exists) + h * cache.v.head
+        v_tile = load_at(cache.v.data, v_offsets, exists, HEAD_DIM_V, BLOCK_DV, True)
+        acc = tl.dot(
+            weights.to(v_tile.dtype), v_tile, acc * row_scale[:, None], input_precision=PRECISION
+        )
+    if sinks is not None:
+        sink = tl.load(sinks + heads, mask=there, other=0.0)
+        row_scale, row_max, row_sum = add_sink(sink, mods.unit, row_max, row_sum)
+        acc *= row_scale[:, None]
+
+    at_split = tl.cast(split, tl.int64)
+    at_lse = lse.data + at_split * lse_split + b * lse.batch
+    at_lse += rows.to(tl.int64) * lse.seq + heads.to(tl.int64) * lse.head
+    tl.store(at_lse, natural_lse(mods.unit, row_max, row_sum), mask=there)
+    acc *= (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
+    offsets = b * out.batch + rows.to(tl.int64) * out.seq + heads.to(tl.int64) * out.head
+    store_at(out.data + at_split * out_split, offsets, there, acc, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit
+def attn_decode_combine_kernel(
+    outs,  # (splits, rows, D_v) fp32
+    lses,  # (splits, rows) fp32
+    out,  # (rows, D_v)
+    lse,  # Heads (B, S_q, H_q)
+    sinks,
+    rows,  # B · S_q · H_q, in this order
+    seqlen_q,
+    heads,
+    splits,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One row a program."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    head, query = row % heads, row // heads % seqlen_q
+    batch = row // heads // seqlen_q
+    all_splits, columns = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_DV)
+    split_lse = tl.load(
+        lses + all_splits * rows + row, mask=all_splits < splits, other=float("-inf")
+    )
+    most = tl.max(split_lse, 0)
+    if sinks is not None:
+        most = tl.maximum(most, tl.load(sinks + head))
+    shift = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.sum(tl.exp2((split_lse - shift) * LOG2E), 0)
+    if sinks is not None:
+        total += tl.exp2((tl.load(sinks + head) - shift) * LOG2E)
+    row_lse = tl.where(total == 0.0, float("-inf"), shift + tl.log2(total) * LN2)
+    tl.store(lse.data + batch * lse.batch + query * lse.seq + head * lse.head, row_lse)
+
+    acc = tl.zeros((BLOCK_DV,), tl.float32)
+    for split in tl.range(0, splits):
+        at = tl.cast(split, tl.int64) * rows + row
+        weight = tl.exp2((tl.load(lses + at) - shift) * LOG2E)
+        acc += weight * tl.load(
+            outs + at * HEAD_DIM_V + columns, mask=columns < HEAD_DIM_V, other=0.0
+        )
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(
+        out + row * HEAD_DIM_V + columns,
+        acc.to(out.dtype.element_ty),
+        mask=columns < HEAD_DIM_V,
+    )
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
+def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
+    """(out, lse), after the append to p's caches."""
+    batch, seqlen_q, heads, head_dim = p.q.shape
+    heads_k, head_dim_v = p.v_cache.shape[-2:]
+    cache = Cache(
+        k=heads_of(p.k_cache, False),
+        v=heads_of(p.v_cache, False),
+        seqlens=p.cache_seqlens,
+        seqlen_new=0 if p.k is None else p.k.shape[1],
+        block_table=p.block_table,
+        table_stride=0 if p.block_table is None else p.block_table.stride(0),
+        page_size=p.k_cache.shape[1],
+        rows=p.cache_batch_idx,
+        leftpad=p.cache_leftpad,
+    )
+    _append(p, cache)
+    q = rotate_queries(p)
+    out = q.new_empty((batch, seqlen_q, heads, head_dim_v))
+    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    rows, group_size = batch * seqlen_q * heads, heads // heads_k
+    tile = configs.attention_decode(q.dtype, head_dim, head_dim_v, seqlen_q * group_size)
+    tiles = triton.cdiv(seqlen_q * group_size, tile.block_m)
+    blocks = triton.cdiv(_capacity(p), tile.block_n)
+    splits = min(p.num_splits or configs.splits(tiles * heads_k * batch, blocks), max(blocks, 1))
+    outs, lses = out, lse
+    if splits > 1:
+        outs = q.new_empty((splits, batch, seqlen_q, heads, head_dim_v), dtype=torch.float32)
+        lses = q.new_empty((splits, batch, seqlen_q, heads), dtype=torch.float32)
+    attn_decode_kernel[(splits * tiles * heads_k * batch,)](
+        heads_of(q, False),
+        cache,
+        heads_of(outs[0] if splits > 1 else out, False),
+        rows * head_dim_v,
+        heads_of(lses[0], False) if splits > 1 else rows_of(lse, False),
+        rows,
+        p.sinks if splits == 1 else None,
+        window_of(p),
+        mods_of(p),
+        seqlen_q,
+        heads_k,
+        tiles,
+        splits,
+        GROUP_SIZE=group_size,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=padded(head_dim),
+        BLOCK_DV=padded(head_dim_v),
+        PRECISION=precision_of(q.dtype),
+        **tile.options,
+    )
+    if splits > 1:
+        attn_decode_combine_kernel[(rows,)](
+            outs,
+            lses,
+            out,
+            rows_of(lse, False),
+            p.sinks,
+            rows,
+            seqlen_q,
+            heads,
+            splits,
+            HEAD_DIM_V=head_dim_v,
+            BLOCK_SPLITS=triton.next_power_of_2(splits),
+            BLOCK_DV=padded(head_dim_v),
+            **configs.ONE_ROW.options,
+        )
+    return out, lse
+
+
+def _capacity(p: DecodeProblem) -> int:
+    """The most keys a sequence may have: how many it has is on the GPU."""
+    return p.k_cache.shape[1] * (1 if p.block_table is None else p.block_table.shape[1])
+
+
+def _append(p: DecodeProblem, cache: Cache) -> None:
+    if p.k is None or p.v is None or p.k.shape[0] * p.k.shape[1] == 0:
+        return
+    batch, seqlen_new, heads_k, head_dim = p.k.shape
+    pairs = 0 if p.rotary_cos is None else p.rotary_cos.shape[1]
+    cos, sin = (p.rotary_cos, p.rotary_sin) if pairs else (None, None)
+    cache_append_kernel[(batch * seqlen_new * heads_k,)](
+        heads_of(p.k, False),
+        heads_of(p.v, False),
+        cache,
+        cos,
+        sin,
+        0 if cos is None else cos.stride(0),
+        0 if sin is None else sin.stride(0),
+        heads_k,
+        INTERLEAVED=p.rotary_interleaved,
+        ROTARY_PAIRS=pairs,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=p.v.shape[-1],
+        BLOCK_R=triton.next_power_of_2(max(pairs, 1)),
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_DV=triton.next_power_of_2(p.v.shape[-1]),
+        **configs.ONE_ROW.options,
+    )

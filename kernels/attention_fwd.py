@@ -1,0 +1,213 @@
+"""Forward attention: out = softmax(scores) V and lse, one program a tile of queries of one head.
+
+A program keeps BLOCK_M queries and goes over the keys they see, BLOCK_N at a time, with an online
+softmax (Milakov, Gimelshein, 2018; Dao et al., "FlashAttention", 2022). Only blocks that an edge
+of the window or the end of the keys crosses are checked. Tiles of the last queries come first: of
+a causal problem they are the longest.
+
+A hidden key has weight 0, but 0 · NaN is NaN: where V is not finite, P·V spreads it to rows that
+do not see it. A tile that comes out with NaN although its lse are numbers is computed again, a key
+at a time. The loop over keys pays nothing for it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.problem import AttentionProblem
+
+from . import configs
+from .arguments import (
+    heads_of,
+    lengths_of,
+    mods_of,
+    padded,
+    precision_of,
+    rows_of,
+    window_of,
+)
+from .primitives import (
+    LOG2E,
+    add_sink,
+    blocks_seen,
+    head_at,
+    kept,
+    load_rows,
+    natural_lse,
+    online_softmax,
+    place_of,
+    scores_from,
+    store_rows,
+)
+
+
+@triton.jit
+def attn_fwd_kernel(
+    q,  # Heads (B, S_q, H_q, D)
+    k,
+    v,
+    out,  # Heads (B, S_q, H_q, D_v)
+    lse,  # Heads (B, S_q, H_q) of one fp32 each
+    sinks,  # (H_q,) fp32 or None
+    lengths,  # Lengths
+    window,  # Window
+    mods,  # ScoreMods
+    heads,  # H_q
+    m_blocks,  # of the longest sequence; the grid is (m_blocks · H_q · B,)
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # the head dims, filled up with zeros
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,  # of products of fp32
+):
+    program = tl.program_id(0)
+    first = (m_blocks - 1 - program % m_blocks) * BLOCK_M
+    head, batch = program // m_blocks % heads, program // m_blocks // heads
+    place = place_of(lengths, batch, head)
+    if first >= place.seqlen_q:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    at_q = head_at(q, batch, place.first_q, head)
+    at_k = head_at(k, batch, place.first_k, head // GROUP_SIZE)
+    at_v = head_at(v, batch, place.first_k, head // GROUP_SIZE)
+    q_tile = load_rows(at_q, q.seq, rows, place.seqlen_q, HEAD_DIM, BLOCK_D, True)
+
+    last = tl.minimum(first + BLOCK_M, place.seqlen_q) - 1
+    blocks = blocks_seen(
+        first, last, place.seqlen_k - place.seqlen_q, place.seqlen_k,
+        window.left, window.right, BLOCK_N,
+    )  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if window.left is not None:
+        acc, row_max, row_sum = attend(
+            acc, row_max, row_sum, blocks.begin, blocks.inner_begin, True,
+            q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+    acc, row_max, row_sum = attend(
+        acc, row_max, row_sum, blocks.inner_begin, blocks.inner_end, False,
+        q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+    )  # fmt: skip
+    acc, row_max, row_sum = attend(
+        acc, row_max, row_sum, blocks.inner_end, blocks.end, True,
+        q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+    )  # fmt: skip
+    if sinks is not None:
+        row_scale, row_max, row_sum = add_sink(tl.load(sinks + head), mods.unit, row_max, row_sum)
+        acc *= row_scale[:, None]
+
+    row_lse = natural_lse(mods.unit, row_max, row_sum)
+    at_lse = head_at(lse, batch, place.first_q, head) + rows.to(tl.int64) * lse.seq
+    tl.store(at_lse, row_lse, mask=rows < place.seqlen_q)
+    acc *= (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
+    if mods.seed is not None:
+        acc *= mods.keep_scale
+    at_out = head_at(out, batch, place.first_q, head)
+    store_rows(at_out, out.seq, rows, place.seqlen_q, acc, HEAD_DIM_V, BLOCK_DV)
+
+    if (mods.mask is not None) or (window.left is not None) or (window.right is not None):
+        spoiled = (acc != acc) & (row_lse == row_lse)[:, None]
+        if tl.max(tl.max(spoiled.to(tl.int32), 1), 0) > 0:
+            acc = attend_one_by_one(
+                blocks.begin, blocks.end, row_lse,
+                q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            store_rows(at_out, out.seq, rows, place.seqlen_q, acc, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit
+def attend(
+    acc, row_max, row_sum, begin, end, CHECK: tl.constexpr,
+    q_tile, at_k, k_stride, at_v, v_stride, rows, mods, place, window,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys from begin to end to (Σ weights · V, row_max, row_sum)."""
+    for first_key in tl.range(begin, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(at_k, k_stride, keys, place.seqlen_k, HEAD_DIM, BLOCK_D, CHECK)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        s, _ = scores_from(qk, mods, place, window, rows[:, None], keys[None, :], CHECK)
+        weights, row_scale, row_max, row_sum = online_softmax(s, mods.unit, row_max, row_sum)
+        if mods.seed is not None:
+            weights = tl.where(kept(mods, place, rows, first_key, BLOCK_N), weights, 0.0)
+        v_tile = load_rows(at_v, v_stride, keys, place.seqlen_k, HEAD_DIM_V, BLOCK_DV, CHECK)
+        acc = tl.dot(
+            weights.to(v_tile.dtype), v_tile, acc * row_scale[:, None], input_precision=PRECISION
+        )
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def attend_one_by_one(
+    begin, end, row_lse, q_tile, at_k, k_stride, at_v, v_stride, rows, mods, place, window,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """weights · V from known lse, of a key at a time, so that none reaches what does not see it."""
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    columns, columns_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for key in tl.range(begin, tl.minimum(end, place.seqlen_k), num_stages=1):
+        row = tl.cast(key, tl.int64)
+        k_row = tl.load(at_k + row * k_stride + columns, mask=columns < HEAD_DIM, other=0.0)
+        v_row = tl.load(at_v + row * v_stride + columns_v, mask=columns_v < HEAD_DIM_V, other=0.0)
+        qk = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32)[None, :], 1)[:, None]
+        keys = key + tl.zeros((1, 1), tl.int32)
+        s, _ = scores_from(qk, mods, place, window, rows[:, None], keys, True)
+        weights = tl.exp2((s * mods.unit - row_lse[:, None]) * LOG2E)
+        if mods.seed is not None:
+            keep = kept(mods, place, rows, key // 4 * 4, 4) & (tl.arange(0, 4) == key % 4)[None, :]
+            keep = tl.max(keep.to(tl.int32), 1)[:, None] > 0
+            weights = tl.where(keep, weights * mods.keep_scale, 0.0)
+        acc += tl.where(s == float("-inf"), 0.0, weights * v_row.to(tl.float32)[None, :])
+    return acc
+
+
+def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """(out, lse): out of q's dtype, contiguous."""
+    packed, lengths = p.packed, lengths_of(p)
+    tokens, heads, head_dim = p.q.shape[-3:]
+    head_dim_v = p.v.shape[-1]
+    if packed:  # tokens behind the last sequence are no program's
+        batch = p.cu_seqlens_q.shape[0] - 1  # type: ignore[union-attr]
+        out = p.q.new_zeros((tokens, heads, head_dim_v))
+        lse = p.q.new_full((heads, tokens), -torch.inf, dtype=torch.float32)
+    else:
+        batch = p.q.shape[0]
+        out = p.q.new_empty((batch, tokens, heads, head_dim_v))
+        lse = p.q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    tile = configs.attention_fwd(p.q, head_dim, head_dim_v, lengths.q)
+    m_blocks = triton.cdiv(lengths.q, tile.block_m)
+    if programs := m_blocks * heads * batch:
+        attn_fwd_kernel[(programs,)](
+            heads_of(p.q, packed),
+            heads_of(p.k, packed),
+            heads_of(p.v, packed),
+            heads_of(out, packed),
+            rows_of(lse, packed),
+            p.sinks,
+            lengths,
+            window_of(p),
+            mods_of(p),
+            heads,
+            m_blocks,
+            GROUP_SIZE=heads // p.k.shape[-2],
+            HEAD_DIM=head_dim,
+            HEAD_DIM_V=head_dim_v,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=padded(head_dim),
+            BLOCK_DV=padded(head_dim_v),
+            PRECISION=precision_of(p.q.dtype),
+            **tile.options,
+        )
+    return out, lse
