@@ -15,14 +15,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import handle_torch_function
 
 from . import backends, validate
@@ -104,6 +103,12 @@ def sdpa() -> Iterator[SdpaRouting]:
         routing.restore()
 
 
+def _constant_when_traced(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which would import Dynamo: a second and a half."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _routed(
     query: Tensor,
     key: Tensor,
@@ -116,9 +121,9 @@ def _routed(
 ) -> Tensor:
     """torch's scaled_dot_product_attention, routed by fastattn."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    if isinstance(attn_mask, CausalBias):
-        # It looks for F.scaled_dot_product_attention by identity, which is this function, and then
-        # calls that with plain tensors.
+    if type(attn_mask).__name__ == "CausalBias":
+        # torch.nn.attention.bias's, whose import takes a second. It looks for the attribute of F by
+        # identity, which is this function, and then calls that with plain tensors.
         return handle_torch_function(
             _routed, (attn_mask,), *arguments, scale=scale, enable_gqa=enable_gqa
         )
@@ -186,12 +191,12 @@ def _bucket(head_dim: int) -> int | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _flash_allowed() -> bool:
     return torch.backends.cuda.flash_sdp_enabled()  # of the CPU too, despite its name
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _no_kernel(device: torch.device, dtype: torch.dtype, *traits: int) -> str | None:
     """None, or why no kernel takes such problems. What FASTATTN_BACKEND asks for is what runs."""
     return None if backends.requested(None) else _kernels_refuse(device, dtype, *traits)
@@ -227,7 +232,7 @@ def _kernels_refuse(
     return f"no kernel takes it ({'; '.join(reasons)})"
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _record(reason: str | None) -> None:
     for routing in _routings:
         if reason is None:
