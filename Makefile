@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.h)
 FORMATTED := $(VENV)/bin/clang-format --style=file $(CSRC) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
-.PHONY: setup build demo test test-all lint format sanitize gates gpu bench bench-check clean
+.PHONY: setup build demo test test-all lint format sanitize gates gpu bench bench-check docs examples clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/fastattn demo
@@ -32,6 +32,13 @@ format: setup
 # Every suite on the device at hand: half an hour on a CPU. BENCH="--quick" takes a minute.
 bench: $(VENV)/.installed
 	$(PY) -m benchmarks $(BENCH)
+
+# docs/api.md, from the docstrings.
+docs: setup
+	$(PY) docs/make_api.py
+
+examples: setup
+	set -e; for example in examples/*.py; do echo "== $$example"; $(PY) $$example; done
 
 # Ratios to PyTorch against the committed ones for this kind of machine. Under a minute.
 bench-check: $(VENV)/.installed

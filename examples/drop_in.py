@@ -27,7 +27,9 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
     return 1e3 * sorted(times)[len(times) // 2]
 
 
-def compare(what: str, before: Callable[[], Tensor], after: Callable[[], Tensor], repeats: int) -> tuple[Tensor, Tensor]:
+def compare(
+    what: str, before: Callable[[], Tensor], after: Callable[[], Tensor], repeats: int
+) -> tuple[Tensor, Tensor]:
     """Prints both times; returns both results."""
     results = before(), after()
     times = milliseconds(before, repeats), milliseconds(after, repeats)

@@ -77,7 +77,7 @@ def main(quick: bool = False) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % (steps // 10) == 0:
             print(f"step {step:4d}  loss {losses[-1]:.3f}")
     print(f"the end    loss {losses[-1]:.3f}")
