@@ -1,8 +1,8 @@
 """Who is faster: all are called in turn, A B C A B C …, so that what else happens hits all alike.
 
 Only quiet rounds count: those in which a probe of known speed ran at 90 % of its best or more, and
-in which a virtual machine's host took less than 2 % of the processors' time. Where there are too
-few, it goes on for up to four times as long, and then keeps the best half.
+in which others (processes, or a virtual machine's host) took less than 2 % of the processors' time.
+Where there are too few, it goes on for up to four times as long, and then keeps the best half.
 """
 
 from __future__ import annotations

@@ -144,8 +144,10 @@ def plain(compiled: bool, cudnn: bool = False) -> Callable[[Case, Inputs], Call]
 
 def transformers(case: Case, inputs: Inputs) -> Call:
     from transformers import GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
 
     assert isinstance(case, TrainStep)
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         loaded(GPT(case.model), inputs).save_pretrained(folder)
         model = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa")

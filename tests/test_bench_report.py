@@ -200,10 +200,12 @@ def test_compare_tells_what_changed_beyond_the_noise(tmp_path, capsys):
 def test_check_compares_ratios(monkeypatch, tmp_path, capsys):
     known = {results.key(r): r for r in [result("a"), result("b")]}
     twice_as_slow_machine = document(result("a", ours=4e-3, theirs=8e-3))
-    assert compare.verdicts(known, twice_as_slow_machine, 0.25)[1] == 0
+    assert not compare.verdicts(known, twice_as_slow_machine, 0.25)[1]
     lines, failed = compare.verdicts(known, document(result("a", ours=3e-3), result("new")), 0.25)
-    assert failed == 1 and len(lines) == 1 and "2.00 → 1.33  FELL" in lines[0]
-    assert compare.verdicts(known, document(result("a", ours=3e-3)), 0.5)[1] == 0
+    assert (
+        failed == {results.key(result("a"))} and len(lines) == 1 and "2.00 → 1.33  FELL" in lines[0]
+    )
+    assert not compare.verdicts(known, document(result("a", ours=3e-3)), 0.5)[1]
     results.write(tmp_path / "other.json", document(result(), kind="another machine"))
     assert cli.main(["check", "--against", str(tmp_path)]) == 0
     assert "nothing to compare with" in capsys.readouterr().out
