@@ -37,6 +37,12 @@ def test_gradients_go_both_ways() -> None:
     assert torch.equal(x.grad, 2.0 * MASK[..., None].expand_as(x))
 
 
+def test_indices_may_be_int32() -> None:
+    packed = torch.randn(2, 3)
+    padded = bert_padding.pad_input(packed, torch.tensor([1, 2], dtype=torch.int32), 2, 2)
+    assert torch.equal(padded.flatten(0, 1)[1:3], packed)
+
+
 def test_an_empty_batch() -> None:
     packed, _, cu_seqlens, longest, _ = bert_padding.unpad_input(
         torch.randn(0, 5, 2), torch.ones(0, 5)

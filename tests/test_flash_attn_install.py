@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastattn import bert_padding, flash_attn
 
@@ -87,3 +88,44 @@ def test_the_real_package_stays(real_package: None, imported: bool) -> None:
     flash_attn.uninstall()
     assert importlib.import_module("flash_attn").real
     assert importlib.import_module("flash_attn.layers")
+
+
+def test_transformers_flash_attention_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model asked for flash_attention_2 runs on it: padding, a cache, the kwargs they look for.
+
+    transformers offers that on GPUs only, so its question is answered for it.
+    """
+    transformers = pytest.importorskip("transformers")
+    theirs = importlib.import_module("transformers.modeling_flash_attention_utils")
+    flash_attn.install()
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: 1
+    )
+    monkeypatch.setattr(theirs, "is_flash_attn_2_available", lambda *_, **__: True)
+    for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn"):
+        monkeypatch.setattr(theirs, name, None)
+    models = []
+    for implementation in ("eager", "flash_attention_2"):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=65,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        )
+        model = transformers.LlamaForCausalLM._from_config(
+            config, attn_implementation=implementation
+        )
+        models.append(model.eval())
+    eager, fused = models
+    assert theirs._flash_fn is flash_attn.flash_attn_func
+    ids, mask = torch.randint(1, 65, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        logits = [m(ids, attention_mask=mask).logits[mask.bool()] for m in models]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(eager.generate(ids, **options), fused.generate(ids, **options))
