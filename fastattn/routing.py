@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.jit._builtins import _register_builtin
 from torch.overrides import handle_torch_function
 
 from . import backends, validate
@@ -73,7 +74,7 @@ def replace_sdpa() -> SdpaRouting:
     torch.nn.attention.sdpa_kernel that rule out the flash backend, such as its MATH.
 
     Not reached: names that other modules bound before (`from torch.nn.functional import
-    scaled_dot_product_attention`), TorchScript, and C++ callers.
+    scaled_dot_product_attention`), TorchScript, which keeps torch's, and C++ callers.
 
     Returns:
         The routing, which counts: print it to see which calls ran where. Calls in compiled code
@@ -132,6 +133,10 @@ def _routed(
     if reason is not None:
         return _torchs(*arguments, scale=scale, enable_gqa=enable_gqa)
     return scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
+
+
+# TorchScript can't compile it, and sees torch's own operator in its place.
+_register_builtin(_routed, "aten::scaled_dot_product_attention")
 
 
 def _refusal(

@@ -42,7 +42,9 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask can't both be given")
     if _needs_no_broadcast(query, key, value, enable_gqa):
-        leading: tuple[int, ...] = query.shape[:2]
+        leading: tuple[int, ...] = query.shape[:-2]
+        if len(leading) == 1:
+            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     else:
         leading, q, k, v = _broadcast(query, key, value, enable_gqa)
@@ -66,10 +68,13 @@ def scaled_dot_product_attention(
 
 
 def _needs_no_broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    tensors = (query, key, value)
-    if not all(isinstance(t, Tensor) and t.dim() == 4 for t in tensors):
+    """All 4-D or all 3-D, of one batch and one number of heads, but for groups."""
+    if not all(isinstance(t, Tensor) for t in (query, key, value)):
         return False
-    shared = 1 if enable_gqa else 2
+    dims = query.dim()
+    if dims not in (3, 4) or not dims == key.dim() == value.dim():
+        return False
+    shared = dims - 3 if enable_gqa else dims - 2
     if not query.shape[:shared] == key.shape[:shared] == value.shape[:shared]:
         return False
     return query.dtype == key.dtype == value.dtype
@@ -87,7 +92,8 @@ def _broadcast(
                 f"{name} must have at least {least} dimensions, got shape {tuple(t.shape)}"
             )
         shapes.append(t.shape[:-least])
-    validate.same_dtype_and_device(query=query, key=key, value=value)
+    if not query.dtype == key.dtype == value.dtype:
+        validate.same_dtype_and_device(query=query, key=key, value=value)
     try:
         shared = torch.broadcast_shapes(*shapes)
     except RuntimeError:

@@ -77,26 +77,34 @@ def weights_of(
     heads: Selection = None,
 ) -> Tensor:
     """The block of a dense problem's undropped weights, (B, heads, rows, keys)."""
-    dtype, group_size = validate.accumulator_dtype(p.q), p.q.shape[2] // p.k.shape[2]
-    row = _indices("rows", rows, p.q.shape[1], p.q.device)
-    key = _indices("keys", keys, p.k.shape[1], p.q.device)
-    head = _indices("heads", heads, p.q.shape[2], p.q.device)
+    (_, seqlen_q, heads_q, _), (_, seqlen_k, heads_k, _) = p.q.shape, p.k.shape
+    row = _indices("rows", rows, seqlen_q, p.q.device)
+    key = _indices("keys", keys, seqlen_k, p.q.device)
+    head = _indices("heads", heads, heads_q, p.q.device)
+    kv_head = head
+    if heads_q != heads_k:
+        kv_head = _every(heads_q, head, p.q.device) // (heads_q // heads_k)
 
-    def cut(t: Tensor | None) -> Tensor | None:  # broadcasts to (B, H_q, S_q, S_k)
+    def cut(t: Tensor | None) -> Tensor | None:
+        """Of what broadcasts to (B, H_q, S_q, S_k)."""
         for dim, index in ((1, head), (2, row), (3, key)):
             if t is not None and t.shape[dim] > 1:
-                t = t.index_select(dim, index)
+                t = _take(t, dim, index)
         return t
 
-    slopes = None if p.alibi_slopes is None else p.alibi_slopes[..., head]
+    slopes = p.alibi_slopes if p.alibi_slopes is None else _take(p.alibi_slopes, -1, head)
     block = p._replace(mask=cut(p.mask), bias=cut(p.bias), alibi_slopes=slopes)
-    distance = key - (row[:, None] + p.k.shape[1] - p.q.shape[1])
-    q = p.q.index_select(1, row).index_select(2, head).to(dtype).transpose(1, 2)
-    k = p.k.index_select(1, key).index_select(2, head // group_size).to(dtype).transpose(1, 2)
+    distance = None
+    if slopes is not None or p.window_left >= 0 or p.window_right >= 0:
+        position = _every(seqlen_q, row, p.q.device)[:, None] + seqlen_k - seqlen_q
+        distance = _every(seqlen_k, key, p.q.device) - position
+    dtype = validate.accumulator_dtype(p.q)
+    q = _take(_take(p.q, 1, row), 2, head).to(dtype).transpose(1, 2)
+    k = _take(_take(p.k, 1, key), 2, kv_head).to(dtype).transpose(1, 2)
     s, _ = reference.shaped_scores(block, p.scale * (q @ k.mT), distance)
     if (visible := reference.visible_keys(block, distance)) is not None:
         s = s.masked_fill(~visible, -torch.inf)
-    lse = lse.index_select(1, head).index_select(2, row)[..., None]
+    lse = _take(_take(lse, 1, head), 2, row)[..., None]
     return torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0))  # −inf − (−inf) would be NaN
 
 
@@ -107,12 +115,20 @@ def dropped_weights(p: AttentionProblem, weights: Tensor, first_batch: int = 0) 
     return weights * reference.dropout_scale(p, weights, first_batch)
 
 
-def _indices(name: str, which: Selection, size: int, device: torch.device) -> Tensor:
-    every = torch.arange(size, device=device)
+def _take(t: Tensor, dim: int, index: Tensor | None) -> Tensor:
+    return t if index is None else t.index_select(dim, index)
+
+
+def _every(size: int, index: Tensor | None, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device) if index is None else index
+
+
+def _indices(name: str, which: Selection, size: int, device: torch.device) -> Tensor | None:
+    """(n,) int64 in [0, size), or None for all."""
     if which is None:
-        return every
+        return None
     if isinstance(which, slice):
-        return every[which]
+        return torch.arange(size, device=device)[which]
     if not isinstance(which, Tensor):
         numbers = [which] if isinstance(which, int) else which
         which = torch.tensor([operator.index(i) for i in numbers], dtype=torch.int64)

@@ -345,3 +345,14 @@ def test_exported_code_is_routed(strict: bool) -> None:
         program = torch.export.export(Exported(), (q,), strict=strict)
     assert "fastattn.attn_fwd.default" in {str(node.target) for node in program.graph.nodes}
     torch.testing.assert_close(program.module()(q), call(q, q, q), rtol=1e-4, atol=1e-5)
+
+
+def test_scripted_code_keeps_torchs() -> None:
+    module = nn.MultiheadAttention(8, 2)
+    x = torch.randn(5, 1, 8)
+    with fastattn.sdpa() as routed, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(module)
+        out, _ = scripted(x, x, x, need_weights=False)
+        assert routed.fastattn == 0
+        torch.testing.assert_close(out, module(x, x, x, need_weights=False)[0])
