@@ -312,3 +312,17 @@ def test_refusals(arguments, message):
 
 def test_logits_are_over_the_vocabulary():
     assert make("gpt2")(tokens()).logits.shape == (3, 17, VOCABULARY)
+
+
+def test_register_in_place_of_sdpa(calls, monkeypatch):
+    """What runs on sdpa unasked runs on the kernels, with not a word changed."""
+    masks = transformers.AttentionMaskInterface._global_mapping
+    for mapping in (transformers.AttentionInterface._global_mapping, masks):
+        monkeypatch.setitem(mapping, "sdpa", mapping["sdpa"])  # puts it back afterwards
+    ids, mask = tokens(), padding("left")
+    want = make("llama", "sdpa")(ids, attention_mask=mask).logits[mask.bool()]
+    assert calls == []
+    register("sdpa")
+    got = make("llama", "sdpa")(ids, attention_mask=mask).logits[mask.bool()]
+    assert len(calls) == 2
+    assert_same({"out": got}, {"out": want})

@@ -195,3 +195,63 @@ def test_heads_and_hooks():
         patch_loss(model)
     unpatch_loss(model)
     assert model.loss_function() == 0
+
+
+# --- Trainer --------------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    """Sequences that repeat themselves, the first tokens of each without labels."""
+
+    def __init__(self, rows: int):
+        self.ids = tokens(rows, 4).repeat(1, 4)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        labels = self.ids[i].clone()
+        labels[: i % 5] = -100
+        return {"input_ids": self.ids[i], "labels": labels}
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_trainer_fine_tunes_as_before(label_smoothing, tmp_path):
+    """Over accumulated gradients, whose losses it counts by tokens, and with metrics of logits."""
+    pytest.importorskip("accelerate")
+
+    def right(prediction) -> dict[str, float]:
+        assert prediction.predictions.shape == (8, 16, VOCABULARY)
+        return {"right": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
+
+    def fine_tuned(attention: str, patched: bool) -> list[float]:
+        model = make("gpt2", attention)
+        if patched:
+            patch_loss(model)
+        torch.manual_seed(1)
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(
+                output_dir=str(tmp_path),
+                max_steps=6,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                learning_rate=1e-2,
+                label_smoothing_factor=label_smoothing,
+                logging_steps=1,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Rows(40),
+            eval_dataset=Rows(8),
+            compute_metrics=right,
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return [*losses, metrics["eval_loss"], metrics["eval_right"]]
+
+    want = fine_tuned("eager", patched=False)
+    assert want[5] < 0.9 * want[0]
+    assert fine_tuned("fastattn", patched=True) == pytest.approx(want, rel=1e-3)

@@ -24,6 +24,10 @@ def register(name: str = "fastattn") -> None:
 
     For `from_pretrained` and `from_config`, and for `model.set_attn_implementation(name)` on a
     model that exists. transformers doesn't store the choice in config.json.
+
+    `register("sdpa")` takes the place of what models run on that were asked for nothing: this one
+    line is all that changes then, and models that have no soft cap or sinks under sdpa still have
+    none.
     """
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
     causal_mask_function,
     packed_sequence_mask_function,
@@ -85,7 +84,7 @@ def attention_mask(
         elif attention_mask is None and (packed := _packed(mask_function)) is not None:
             return packed
     if window is None:
-        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+        return masking_utils.sdpa_mask(
             batch_size=batch_size,
             kv_length=kv_length,
             kv_offset=kv_offset,
