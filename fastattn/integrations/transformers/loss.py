@@ -149,14 +149,14 @@ class _Loss:
         """The head is skipped, and so is what Gemma's forward would do to its result."""
         softcap = getattr(config, _SOFTCAP, None)
         if softcap is not None:
-            setattr(config, _SOFTCAP, None)
+            object.__setattr__(config, _SOFTCAP, None)  # past validation: Gemma 3n wants a float
         self.softcap, self.head.skipped, self.called = softcap or 0.0, True, False
         try:
             yield
         finally:
             self.softcap, self.head.skipped, self.head.given = 0.0, False, None
             if softcap is not None:
-                setattr(config, _SOFTCAP, softcap)
+                object.__setattr__(config, _SOFTCAP, softcap)
 
 
 @functools.cache
