@@ -29,6 +29,18 @@ def test_packed_training() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_finetune_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    sizes = {"layers": 1, "width": 64, "steps": 3, "batch": 2, "length": 32}
+    arguments = [text for name, n in sizes.items() for text in (f"--{name}", str(n))]
+    results = runpy.run_path(str(EXAMPLES / "finetune_transformers.py"))["main"](arguments)
+    ours, sdpa = results["fastattn"], results["sdpa"]
+    assert ours.loss == pytest.approx(sdpa.loss, abs=1e-3) and ours.loss < 10.8  # ln 50,257 = 10.82
+    assert len(ours.seconds) == len(sdpa.seconds) == 3
+    assert "validation loss" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would ask for the CUDA kernels")
 def test_the_notebook_runs() -> None:
     """All cells in order, but for lines that are the shell's."""

@@ -114,6 +114,24 @@ def test_users_own_masks():
         )
 
 
+@needs_5
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert", "t5"])
+def test_weights_on_request(name):
+    """The whole matrices, which sdpa doesn't have."""
+    ids, mask = tokens(), padding("left")
+
+    def weights(attention):
+        extra = {"decoder_input_ids": ids[:, :5]} if name == "t5" else {}
+        out = make(name, attention)(ids, attention_mask=mask, output_attentions=True, **extra)
+        if name == "t5":
+            return out.encoder_attentions + out.decoder_attentions + out.cross_attentions
+        rows = mask.bool() if name != "bert" else torch.ones_like(mask).bool()
+        return tuple(w.transpose(1, 2)[rows] for w in out.attentions)
+
+    for ours, eager in zip(weights("fastattn"), weights("eager"), strict=True):
+        assert_same({"weights": ours}, {"weights": eager})
+
+
 def test_dropout_and_checkpointing():
     """Weights are dropped in training only, and the same ones when a layer is run again."""
     model = make("llama")
@@ -284,6 +302,13 @@ def test_register_under_another_name():
     assert torch.equal(model(ids).logits, want)
 
 
+PADDED = Visible(4, (-1, 0), torch.ones(1, 4).bool())
+OFFSETS = {
+    **{f"cu_seq_lens_{side}": torch.tensor([0, 4]) for side in "qk"},
+    **{f"max_length_{side}": 4 for side in "qk"},
+}
+
+
 def qkv(length=4):
     return (torch.randn(1, 2, length, 8) for _ in range(3))
 
@@ -291,18 +316,15 @@ def qkv(length=4):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"output_attentions": True}, "output_attentions.*weights.*'eager'"),
         ({"head_mask": torch.ones(1)}, "head_mask"),
         ({"cache": object()}, "paged cache"),
-        ({"attention_mask": torch.ones(1, 4)}, "4-D.*(1, 4)"),
+        ({"attention_mask": torch.ones(1, 4)}, "4-D.*got 2 dimensions"),
         ({"attention_mask": Visible(5, (-1, 0))}, "made for 5 keys.*has 4"),
-        (
-            {
-                "attention_mask": Visible(4, (-1, 0), torch.ones(1, 4).bool()),
-                "cu_seq_lens_q": torch.tensor([0, 4]),
-            },
-            "padding.*cu_seq_lens_q",
-        ),
+        ({"attention_mask": PADDED, **OFFSETS}, "padding.*cu_seq_lens_q"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4), **OFFSETS}, "can't both"),
+        ({**OFFSETS, "cu_seq_lens_k": None}, "needs cu_seq_lens_k"),
+        ({**OFFSETS, "output_attentions": True}, "output_attentions.*packed"),
+        ({**OFFSETS, "position_bias": torch.zeros(1, 2, 4, 4)}, "position_bias.*packed"),
     ],
 )
 def test_refusals(arguments, message):

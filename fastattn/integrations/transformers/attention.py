@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import attention, attention_decode, attention_varlen
+from ... import attention, attention_decode, attention_varlen, attention_weights
 from ...attention import autocast
 from ...autograd import wants_gradient
 from .masks import Packed, Visible
@@ -34,7 +34,7 @@ def attention_forward(
     cache: Any = None,
     head_mask: Tensor | None = None,
     **_: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface.
 
     Args:
@@ -51,13 +51,15 @@ def attention_forward(
             flattening data collator gives them, all or none; they stand in place of a mask.
 
     Returns:
-        (B, S_q, H_q, D_v), contiguous, and None for the weights.
+        (B, S_q, H_q, D_v), contiguous; and with `output_attentions`, if sequences are not packed,
+        the weights before dropout, (B, H_q, S_q, S_k), which cost their size, else None.
 
     Raises:
-        ValueError: weights, a head mask or a paged cache is asked for; a mask is neither 4-D nor
-            of the keys' length; padding comes with packed sequences; and as fastattn.attention.
+        ValueError: a head mask, a paged cache or weights of packed sequences are asked for; a mask
+            is neither 4-D nor of the keys' length; padding comes with packed sequences; and as
+            fastattn.attention.
     """
-    _refuse(output_attentions=output_attentions, head_mask=head_mask, cache=cache)
+    _refuse(head_mask=head_mask, cache=cache)
     q, k, v = (t.transpose(1, 2) for t in autocast(query, key, value))  # (B, S, H, D)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -68,49 +70,46 @@ def attention_forward(
             raise ValueError("cu_seq_lens_q needs cu_seq_lens_k, max_length_q and max_length_k too")
         seen = Packed((cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), window)
     if isinstance(seen, Packed):
-        if position_bias is not None:
-            raise ValueError("position_bias can't be given with packed sequences")
-        out = _packed(q, k, v, seen, dropout_p=dropout, **options)
-    elif isinstance(seen, Tensor):
-        mask, bias = _dense(seen, position_bias, k.shape[1])
-        out = attention(q, k, v, mask=mask, bias=bias, dropout_p=dropout, **options)
+        _refuse(position_bias=position_bias, output_attentions=output_attentions or None)
+        return _packed(q, k, v, seen, dropout_p=dropout, **options), None
+    bias = None if position_bias is None else position_bias[..., : k.shape[1]]
+    if isinstance(seen, Tensor):
+        options["mask"], options["bias"] = _dense(seen[..., : k.shape[1]], bias)
     else:
         if seen is None:
             causal = causal and q.shape[1] > 1
             if causal and k.shape[1] > q.shape[1]:  # top-left, as sdpa: a static cache's prefill
                 k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+                bias = None if bias is None else bias[..., : q.shape[1]]
             seen = Visible(k.shape[1], (-1, 0 if causal else -1))
-        bias = None if position_bias is None else position_bias[..., : k.shape[1]]
-        out = _visible(q, k, v, seen, bias, dropout, options)
-    return out, None
+        elif seen.kv_length != k.shape[1]:
+            raise ValueError(
+                f"the mask was made for {seen.kv_length} keys, but this layer has {k.shape[1]}"
+            )
+        options["window"] = seen.window
+        wanted = dropout or output_attentions or wants_gradient(q, k, v, s_aux)
+        if q.shape[1] == 1 and seen.keys is None and bias is None and not wanted:
+            return _decode(q, k, v, seen, **options), None
+        options["mask"], options["bias"] = _mask(seen, q.device), bias
+    if not output_attentions:
+        return attention(q, k, v, dropout_p=dropout, **options), None
+    out, lse = attention(q, k, v, dropout_p=dropout, return_lse=True, **options)
+    return out, attention_weights(q, k, lse, **options).to(q.dtype)
 
 
-def _visible(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Visible,
-    bias: Tensor | None,
-    dropout: float,
-    options: dict[str, Any],
-) -> Tensor:
-    if seen.kv_length != k.shape[1]:
-        raise ValueError(
-            f"the mask was made for {seen.kv_length} keys, but this layer has {k.shape[1]}"
-        )
-    inference = not wants_gradient(q, k, v, options["sinks"]) and bias is None and dropout == 0
-    if q.shape[1] == 1 and seen.keys is None and inference:
-        lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
-        return attention_decode(
-            q, k, v, cache_seqlens=lengths, cache_leftpad=seen.left_padding, window=seen.window,
-            **options,
-        )  # fmt: skip
+def _mask(seen: Visible, device: torch.device) -> Tensor | None:
+    """(B, 1, 1, S_k), of what is no padding."""
     keys = seen.keys
     if seen.left_padding is not None:
-        keys = torch.arange(k.shape[1], device=q.device) >= seen.left_padding[:, None]
-    mask = None if keys is None else keys[:, None, None, :]
-    return attention(
-        q, k, v, window=seen.window, mask=mask, bias=bias, dropout_p=dropout, **options
+        keys = torch.arange(seen.kv_length, device=device) >= seen.left_padding[:, None]
+    return None if keys is None else keys[:, None, None, :]
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, seen: Visible, **options: Any) -> Tensor:
+    """One query a sequence."""
+    lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+    return attention_decode(
+        q, k, v, cache_seqlens=lengths, cache_leftpad=seen.left_padding, **options
     )
 
 
@@ -140,33 +139,30 @@ def _packed_window(
     return left, 0 if causal else left
 
 
-def _dense(
-    given: Tensor, position_bias: Tensor | None, kv_length: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """(mask, bias) of a complete mask, bool or float, perhaps of more keys than there are."""
+def _dense(given: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(mask, bias) of a complete mask, bool or float, and a bias."""
     if given.dim() != 4:
         raise ValueError(
-            f"attention_mask must be 4-D when it reaches a layer, got shape {tuple(given.shape)}:"
+            f"attention_mask must be 4-D when it reaches a layer, got {given.dim()} dimensions:"
             " this model makes no mask of it for attn_implementation='fastattn'"
         )
-    given = given[..., :kv_length]
-    bias = None if position_bias is None else position_bias[..., :kv_length]
     if given.dtype == torch.bool:
         return given, bias
     return None, given if bias is None else given + bias
 
 
 _REFUSALS = {
-    "output_attentions": "the weights never exist as a whole",
     "head_mask": "heads can't be switched off",
-    "cache": "continuous batching's paged cache isn't supported",
+    "cache": "there is no paged cache of continuous batching",
+    "position_bias": "packed sequences have no biases",
+    "output_attentions": "packed sequences have no matrix of weights",
 }
 
 
 def _refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
-        if value is not None and value is not False:
+        if value is not None:
             raise ValueError(
-                f"{name} can't be had with attn_implementation='fastattn' ({_REFUSALS[name]});"
-                " model.set_attn_implementation('eager') does without"
+                f"{name} can't be had with attn_implementation='fastattn': {_REFUSALS[name]};"
+                " model.set_attn_implementation('eager') may do it"
             )
