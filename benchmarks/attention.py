@@ -103,8 +103,9 @@ class Attention(Case):
         elif self.extra == "alibi":
             inputs["alibi_slopes"] = 2.0 ** -torch.linspace(1, 8, self.heads, device=device)
         elif self.extra == "mask":  # whole blocks and single keys, every query sees itself
-            blocks = torch.rand(math.ceil(S / 128), math.ceil(S / 128), generator=g, device=device)
-            mask = (blocks < 0.5).repeat_interleave(128, 0).repeat_interleave(128, 1)[:S, :S]
+            side = math.ceil(S / 8)
+            blocks = torch.rand(8, 8, generator=g, device=device) < 0.5
+            mask = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)[:S, :S]
             mask = mask & (torch.rand(S, S, generator=g, device=device) < 0.9)
             inputs["mask"] = (mask | torch.eye(S, dtype=torch.bool, device=device))[None, None]
         if self.lengths:

@@ -22,6 +22,7 @@ from .plots import by_suite
 from .results import Document
 from .show import cells_of, milliseconds, reasons
 from .suites import SUITES
+from .train_step import FORMULA
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -210,7 +211,7 @@ def suite_section(suite: str, found: list[dict], document: Document, path: Path)
         parts.append("Where others are faster:\n\n" + "\n".join(f"- {s}" for s in slower) + "\n")
     elif any(results.fastest(r, ours=False) for r in found):
         parts.append("No peer here is faster.\n")
-    if known := facts(found):
+    if known := facts(found, document):
         parts.append("\n".join(f"- {fact}" for fact in known) + "\n")
     if left_out := reasons(found):
         lines = "\n".join(f"- {line}" for line in left_out)
@@ -227,18 +228,21 @@ def performance_rows(result: dict) -> Iterator[list[str]]:
         head = ["", ""]
 
 
-def facts(found: list[dict]) -> list[str]:
+def facts(found: list[dict], document: Document) -> list[str]:
     """What only some suites know: tokens a second and MFU, bytes of the wheel."""
-    lines = []
+    lines, sheet = [], document["machine"].get("data_sheet_flops")
     for result in found:
         for name, peer in results.timed(result).items():
             words = [f"{k.replace('_', ' ')} {v:,.0f}" for k, v in peer.get("facts", {}).items()]
             if result["tokens"]:
-                rate = result["tokens"] / results.median(result, name)
-                words.append(f"{rate:,.0f} tokens/s")
-                words.append(f"{result['flops'] / results.median(result, name) / 1e12:.3g} TFLOP/s")
-                if peer.get("share_of_floor"):
-                    words.append(f"MFU {peer['share_of_floor']:.1%} of the measured matrix product")
+                seconds = results.median(result, name)
+                flops = result["flops"] / seconds
+                words.append(f"{result['tokens'] / seconds:,.0f} tokens/s")
+                words.append(f"{flops / 1e12:.3g} TFLOP/s at {FORMULA}")
+                if sheet:
+                    words.append(f"MFU {flops / sheet:.1%} of the data sheet's {sheet / 1e12:.0f}")
+                if share := peer.get("share_of_floor"):
+                    words.append(f"MFU {share:.1%} of the measured ceiling")
             if words:
                 lines.append(f"{result['case']}, {name}: {', '.join(words)}")
     return lines
@@ -271,7 +275,7 @@ def page(kinds: Kinds) -> str:
             for suite in filter(found.__contains__, SUITES):
                 out.append(f"<h3>{suite}</h3>{plots.svg(suite, document, found[suite])}")
                 out.append(html_table(found[suite]))
-                lines = faster_peers(found[suite]) + facts(found[suite])
+                lines = faster_peers(found[suite]) + facts(found[suite], document)
                 lines += [f"left out: {line}" for line in reasons(found[suite])]
                 out.append("<ul>" + "".join(f"<li>{html.escape(x)}" for x in lines) + "</ul>")
     return "\n".join(out)

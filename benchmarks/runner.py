@@ -224,9 +224,9 @@ class Run:
         return entry
 
     def tidy(self) -> None:
-        """Frees what is not used any more. Raises DeviceLostError where the device is gone."""
-        gc.collect()
+        """Frees a GPU's memory for the next. Raises DeviceLostError where the GPU is gone."""
         if self.plan.device.torch_device.type == "cuda":
+            gc.collect()
             try:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()

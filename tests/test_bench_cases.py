@@ -1,8 +1,12 @@
 """The benchmarks' cases and peers: each peer here gives what fp64 says, on small shapes."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import pretend_device
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,10 +70,14 @@ def check(peer, case):
     call, exact = peer.prepare(case, inputs), case.exact(inputs)
     assert exact
     for _ in range(1 if case.suite == "train-step" else 2):
-        for name, error in errors(case, call.first(), exact).items():
-            largest = float(exact[name].abs().max())
-            bound = 1e-5 if case.dtype == FP32 and peer.name != "flash-attn 4" else 2e-2
-            assert error < bound * max(1.0, largest), f"{peer.name}: {name} is off by {error}"
+        check_results(peer.name, call.first(), case, exact)
+
+
+def check_results(peer, found, case, exact):
+    for name, error in errors(case, found, exact).items():
+        bound = 1e-5 if case.dtype == FP32 and peer != "flash-attn 4" else 2e-2
+        largest = float(exact[name].abs().max())
+        assert error < bound * max(1.0, largest), f"{peer}: {name} is off by {error}"
 
 
 @pytest.mark.parametrize("case", [*ATTENTION, *DECODE, *LOSSES, TRAIN], ids=lambda c: c.name)
@@ -82,6 +90,30 @@ def test_every_peer_that_is_here_gives_what_fp64_says(case):
             check(peer, case)
             took.append(peer.name)
     assert {"fastattn cpu", "eager"} <= set(took)
+
+
+def test_nothing_is_left_on_the_cpu():
+    """In a process of its own: autograd must not have met the CPU alone before."""
+    code = "import test_bench_cases; test_bench_cases.on_a_pretended_device()"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=True)
+
+
+def on_a_pretended_device():
+    """Everything on a device that, as a GPU, takes no tensors of the CPU's."""
+    pretend_device.register()
+    device = torch.device(pretend_device.NAME, 0)
+    anywhere = {"eager", "torch", "torch SDPA", "nanoGPT-style"}
+    for case in (*ATTENTION, *DECODE, *LOSSES, TRAIN):
+        inputs = {
+            name: x.to(device) if isinstance(x, torch.Tensor) else x
+            for name, x in case.inputs(CPU).items()
+        }
+        exact = case.exact(inputs)
+        for peer in suites.peers():
+            fits = case.suite in peer.suites and not case.features - peer.features
+            if fits and peer.name in anywhere:
+                check_results(peer.name, peer.prepare(case, inputs).first(), case, exact)
 
 
 @pytest.mark.slow  # compiling takes minutes

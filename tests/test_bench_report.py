@@ -139,8 +139,14 @@ def test_the_performance_page_has_everything(tmp_path):
     text = report.performance_page(results.by_kind([(path, document(result(), train))]))
     assert "## A CPU, 2 threads, avx512" in text and "### train-step" in text
     assert "a-attention-fwd.png" in text and "multiply-add ports" in text
-    assert "500,000 tokens/s, 0.5 TFLOP/s, MFU 50.0%" in text
+    assert "500,000 tokens/s, 0.5 TFLOP/s at 6 N + 12 L C T a token, MFU 50.0%" in text
     assert "no <such> thing: FlexAttention (1)" in text and "No peer here is faster." in text
+
+
+def test_a_gpu_has_its_data_sheet_s_mfu_too():
+    train = result("GPT", "train-step", tokens=1000)
+    gpu = {"machine": {"data_sheet_flops": 1e12}}
+    assert "MFU 50.0% of the data sheet's 1, MFU" in report.facts([train], gpu)[0]
 
 
 def test_one_page_holds_all_of_it(tmp_path):

@@ -31,12 +31,12 @@ def out(tmp_path):
     [
         ("os.abort()", f"killed by signal {int(signal.SIGABRT)}"),
         (f"sys.exit({DEVICE_LOST})", "the device was lost"),
-        ("time.sleep(60)", "no sign of life for 3 s"),
+        ("time.sleep(60)", "no sign of life for 2 s"),
     ],
 )
 def test_what_was_tried_is_lost_and_the_rest_goes_on(code, reason, out):
     codes = iter([code, "sys.exit(0)"])
-    assert run(lambda left: child(next(codes), out), out, None, stalled=3) == 0
+    assert run(lambda left: child(next(codes), out), out, None, stalled=2) == 0
     assert results.read(out)["lost"] == [KEY | {"reason": reason}]
     assert not supervise.note_path(out).exists()
 
