@@ -97,9 +97,14 @@ CALLS = {
     "window-causal": {"window_size": (4, 9), "causal": True},
     "window-negative": {"window_size": (-7, 1)},
     "softcap": {"softcap": 1.5, "softmax_scale": 1.0},
-    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
-    "alibi-batch": {"alibi_slopes": torch.rand(2, 4), "causal": True},
+    "alibi": {"alibi_slopes": [0.5, 0.25, 0.125, 0.0625]},
+    "alibi-batch": {"alibi_slopes": [[0.5, 0.3, 0.2, 0.1], [1.0, 0.4, 0.0, 0.2]], "causal": True},
 }
+
+
+def made(call: dict) -> dict:
+    """The call with its lists as tensors, on the device that tests run on."""
+    return {n: torch.tensor(x) if isinstance(x, list) else x for n, x in call.items()}
 
 
 def textbook_options(call: dict) -> dict:
@@ -113,6 +118,7 @@ def textbook_options(call: dict) -> dict:
 @pytest.mark.parametrize("lengths", [(7, 11), (11, 7), (1, 9)], ids=str)
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_func(backend: str, call: dict, lengths: tuple[int, int]) -> None:
+    call = made(call)
     q = torch.randn(2, lengths[0], 4, 16)
     k, v = torch.randn(2, 2, lengths[1], 2, 16)
     expected, expected_lse, _ = textbook(q, k, v, **textbook_options(call))
@@ -125,6 +131,7 @@ def test_func(backend: str, call: dict, lengths: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_packed_layouts_are_the_plain_one(backend: str, call: dict) -> None:
+    call = made(call)
     qkv = torch.randn(2, 9, 3, 4, 16, requires_grad=True)
     out = fa.flash_attn_func(*qkv.unbind(2), **call)
     (expected,) = torch.autograd.grad(out.square().sum(), qkv)
@@ -140,7 +147,7 @@ def test_packed_layouts_are_the_plain_one(backend: str, call: dict) -> None:
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_varlen_is_each_sequence(backend: str, call: dict) -> None:
-    lengths = ((5, 8), (0, 3), (9, 9))
+    call, lengths = made(call), ((5, 8), (0, 3), (9, 9))
     if (slopes := call.get("alibi_slopes")) is not None and slopes.dim() == 2:
         call = {**call, "alibi_slopes": torch.rand(3, 4)}
     offsets_q, offsets_k = (
@@ -278,7 +285,7 @@ CACHE_CALLS = {
     "leftpad": {"append": True, "causal": True, "cache_leftpad": [2, 0, 1]},
     "paged": {"append": True, "causal": True, "rotary": True, "paged": True},
     "splits": {"append": True, "causal": True, "num_splits": 3},
-    "softcap-alibi": {"append": True, "softcap": 2.0, "alibi_slopes": torch.rand(4)},
+    "softcap-alibi": {"append": True, "softcap": 2.0, "alibi_slopes": [0.5, 0.3, 0.2, 0.1]},
     "int": {"cache_seqlens": 6},
     "none": {"cache_seqlens": None},
 }
@@ -287,6 +294,8 @@ CACHE_CALLS = {
 @pytest.mark.parametrize("call", CACHE_CALLS.values(), ids=list(CACHE_CALLS))
 def test_with_kvcache(backend: str, call: dict) -> None:
     call = {"cache_seqlens": torch.tensor([7, 3, 10], dtype=torch.int32), **call}
+    if "alibi_slopes" in call:
+        call["alibi_slopes"] = torch.tensor(call["alibi_slopes"])
     new, rotary, paged = (call.pop(name, False) for name in ("append", "rotary", "paged"))
     batch, seqlen_q, capacity, page_size, dim = 3, 4, 16, 4, 16
     q = torch.randn(batch, seqlen_q, 4, dim)

@@ -14,7 +14,7 @@ OPTIONS = {
     "full": {},
     "causal": {"causal": True},
     "window": {"window": (2, 1), "softcap": 3.0},
-    "bias": {"bias": torch.randn(4, 1, 5, 6)},
+    "bias": {"bias": (4, 1, 5, 6)},
 }
 
 
@@ -33,6 +33,8 @@ def jagged() -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_is_each_sequence(backend: str, options: dict) -> None:
+    if "bias" in options:
+        options = {"bias": torch.randn(options["bias"])}
     values, (q, k, v) = jagged()
     out, lse = fastattn.attention(q, k, v, **options, return_lse=True, backend=backend)
     assert out.is_nested and out.shape[:2] == q.shape[:2] and out.shape[2:] == (4, 6)
