@@ -237,8 +237,6 @@ def replace_modules(model: nn.Module) -> Replacements:
     """
     replaced, kept = [], []
     for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
         if isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention):
             if type(module) is not nn.MultiheadAttention:
                 kept.append((name, f"a subclass, {type(module).__qualname__}"))
@@ -248,4 +246,9 @@ def replace_modules(model: nn.Module) -> Replacements:
                 module.__class__ = MultiheadAttention
                 _call_forward(module)
                 replaced.append(name)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(module, MultiheadAttention) for module in encoder.modules()
+        ):
+            encoder.use_nested_tensor = False
     return Replacements(tuple(replaced), tuple(kept))

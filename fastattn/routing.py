@@ -31,7 +31,7 @@ from .autograd import transformed
 from .problem import AttentionProblem
 from .scaled_dot_product import scaled_dot_product_attention
 
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, type(None))
 _torchs = F.scaled_dot_product_attention  # what the outermost routing found
 _routings: list[SdpaRouting] = []  # in force, outermost first
 
@@ -70,8 +70,9 @@ def replace_sdpa() -> SdpaRouting:
     Calls on CPU and CUDA tensors in fp32, bf16 or fp16 go to fastattn's kernels, also in
     nn.MultiheadAttention and under torch.compile. What they can't take goes to torch's own, with a
     warning the first time each reason comes up: other devices, dtypes and head dims, nested tensors
-    and other subclasses, torch.func transforms, forward-mode AD, and calls under
-    torch.nn.attention.sdpa_kernel that rule out the flash backend, such as its MATH.
+    and other subclasses, torch.func transforms, forward-mode AD, calls under
+    torch.nn.attention.sdpa_kernel that rule out the flash backend, such as its MATH, and what isn't
+    valid, so that errors are torch's.
 
     Not reached: names that other modules bound before (`from torch.nn.functional import
     scaled_dot_product_attention`), TorchScript, which keeps torch's, and C++ callers.
@@ -128,11 +129,18 @@ def _routed(
         return handle_torch_function(
             _routed, (attn_mask,), *arguments, scale=scale, enable_gqa=enable_gqa
         )
-    reason = _refusal(query, key, value, attn_mask, dropout_p, enable_gqa)
+    reason = _refusal(query, key, value, attn_mask, dropout_p)
+    if reason is None:
+        try:
+            out = scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
+            _record(None)
+            return out
+        except (TypeError, ValueError) as error:  # before any kernel ran: torch is to judge
+            if torch.compiler.is_compiling():
+                raise
+            reason = f"{error}"
     _record(reason)
-    if reason is not None:
-        return _torchs(*arguments, scale=scale, enable_gqa=enable_gqa)
-    return scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
+    return _torchs(*arguments, scale=scale, enable_gqa=enable_gqa)
 
 
 # TorchScript can't compile it, and sees torch's own operator in its place.
@@ -140,52 +148,39 @@ _register_builtin(_routed, "aten::scaled_dot_product_attention")
 
 
 def _refusal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    enable_gqa: bool,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
 ) -> str | None:
-    """None, or why fastattn leaves this call to torch. Invalid calls are among them."""
-    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    for t in tensors:
+    """None, or why fastattn leaves this call, if it is valid, to torch."""
+    for t in (query, key, value, attn_mask):
         if type(t) not in _PLAIN:
             return f"an argument is a {type(t).__name__}"
-        if t.is_nested:
+        if t is not None and t.is_nested:
             return "an argument is a nested tensor"
-        if t.device != query.device:
-            return "arguments are on several devices"
     if not torch.compiler.is_compiling():
         if transformed():
             return "inside a transform of torch.func"
         if torch.autograd.forward_ad._current_level >= 0:
             return "inside forward-mode AD"
-    device = query.device.type
-    if device not in ("cpu", "cuda"):
-        return f"device {device}"
-    if query.dtype not in backends.KERNEL_DTYPES:
-        return f"dtype {query.dtype}"
-    if not query.dtype == key.dtype == value.dtype and not autocasting(query):
-        return "dtypes differ"
-    if attn_mask is not None and not (
-        attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
-    ):
-        return f"attn_mask of dtype {attn_mask.dtype}"
-    least = 3 if enable_gqa else 2
-    if query.dim() < least or key.dim() < least or value.dim() < least:
+    device, dtype = query.device, query.dtype
+    if device.type not in ("cpu", "cuda"):
+        return f"device {device.type}"
+    if dtype not in backends.KERNEL_DTYPES:
+        return f"dtype {dtype}"
+    if query.dim() == 0 or value.dim() == 0:
         return "too few dimensions"
     head_dim, head_dim_v = _bucket(query.shape[-1]), _bucket(value.shape[-1])
     if head_dim is None or head_dim_v is None:
         return f"head dim not in [1, {validate.MAX_HEAD_DIM}]"
     if not _flash_allowed():
         return "sdpa_kernel rules out the flash backend"
+    if autocasting(query):
+        dtype = torch.get_autocast_dtype(device.type)
     has_mask = attn_mask is not None and attn_mask.dtype == torch.bool
     has_bias = attn_mask is not None and not has_mask
     traits = [head_dim, head_dim_v, int(has_mask), int(has_bias), 0]
     if dropout_p > 0:  # a branch: Dynamo may see a symbol, and this makes it a plain number
         traits[-1] = 1
-    return _no_kernel(query.device, query.dtype, *traits)
+    return _no_kernel(device, dtype, *traits)
 
 
 def _bucket(head_dim: int) -> int | None:
