@@ -28,7 +28,7 @@ class OwnProducts(TorchProducts):
         torch.ops.fastattn_C.matmul(a, b, out, accumulate)
 
 
-def products() -> TorchProducts:
+def products(device: torch.device) -> TorchProducts:
     # On AMD's AVX-512 processors, where torch's fp32 product (MKL's) reaches half of what the
     # processor can do; elsewhere it is the faster one.
     return OwnProducts() if library.cpu_isa() == "avx512_bf16" else TorchProducts()

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import products
 from .problem import (
     AttentionProblem,
     CrossEntropyProblem,
@@ -69,10 +70,10 @@ class Backend(NamedTuple):
     def cross_entropy_bwd(self) -> Callable[..., Tensor]:
         return self._load().cross_entropy_bwd
 
-    def products(self) -> TorchProducts:
+    def products(self, device: torch.device) -> TorchProducts:
         """The matrix products that go with the cross-entropy kernel."""
-        own = getattr(self._load(), "products", None)
-        return TorchProducts() if own is None else own()
+        own = getattr(self._load(), "products", products.torchs)
+        return own(device)
 
 
 TABLE = (

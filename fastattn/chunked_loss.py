@@ -30,7 +30,7 @@ def forward(
     """(loss, lse), both (N,) fp32."""
     row = backends.choose(p, backend)
     losses, lses = [], []
-    for chunk in _chunks(p, row.products(), workspace_bytes):
+    for chunk in _chunks(p, row.products(p.x.device), workspace_bytes):
         loss, lse = row.cross_entropy_fwd(p.of_logits(chunk.logits, chunk.rows), None, None)
         losses.append(loss)
         lses.append(lse)
@@ -51,7 +51,7 @@ def forward_backward(
     dw and dbias are fp32, dx is of dx_dtype(x).
     """
     row = backends.choose(p, backend)
-    products = row.products()
+    products = row.products(p.x.device)
     gradients = _Gradients(p, products, want_dx, want_dw, want_dbias, dx_dtype(p.x))
     total = torch.zeros((), dtype=torch.float32, device=p.x.device)
     for chunk in _chunks(p, products, workspace_bytes):
@@ -72,7 +72,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, dbias for rowwise upstream gradients; dbias is empty without a bias."""
     row = backends.choose(p, backend)
-    products = row.products()
+    products = row.products(p.x.device)
     gradients = _Gradients(p, products, True, True, p.linear_bias is not None, p.x.dtype)
     for chunk in _chunks(p, products, workspace_bytes):
         problem, rows = p.of_logits(chunk.logits, chunk.rows), chunk.rows

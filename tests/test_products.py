@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import library
 from fastattn.backend_cpu import OwnProducts
-from fastattn.products import TorchProducts
+from fastattn.products import TensorCoreProducts, TorchProducts
 
 PRODUCTS = [TorchProducts()] + ([] if library.load_error() else [OwnProducts()])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,11 +29,15 @@ def matrix(rows: int, cols: int, by_column: bool, dtype: torch.dtype, seed: int)
 def assert_multiplies(products: TorchProducts, a: Tensor, b: Tensor) -> None:
     exact, sizes = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     # Sums in fp32, whose rounding errors grow like the root of the depth, and at most one operand
-    # rounded to bf16 on the way.
-    mixed = a.dtype != b.dtype and torch.bfloat16 in (a.dtype, b.dtype)
+    # rounded to a shorter dtype on the way.
+    mixed = a.dtype != b.dtype
     unit = 2.0**-9 if mixed else 2.0**-24 * (4 + 2 * a.shape[1] ** 0.5)
-    for start in (None, torch.randn(exact.shape)):
-        out = torch.full(exact.shape, math.nan) if start is None else start.clone()
+    for start in (None, torch.randn(exact.shape, device=a.device)):
+        out = (
+            torch.full_like(exact, math.nan, dtype=torch.float32)
+            if start is None
+            else start.clone()
+        )
         left, right = products.operand(a), products.operand(b)
         products.multiply(left, right, out, accumulate=start is not None)
         expected = exact if start is None else exact + start
@@ -70,6 +74,14 @@ def test_operands_of_any_strides(products: TorchProducts) -> None:
     a, b = torch.randn(6, 20)[:, ::2], torch.randn(1, 7).expand(10, 7)
     assert_multiplies(products, a, b)
     assert_multiplies(products, torch.randn(6, 10), torch.randn(20, 14)[::2, ::2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensor_cores(dtype: torch.dtype) -> None:
+    a, b = matrix(37, 83, True, dtype, 1), matrix(83, 70, False, dtype, 2)
+    assert_multiplies(TensorCoreProducts(), a.cuda(), b.cuda())
+    assert_multiplies(TensorCoreProducts(), a.cuda().float(), b.cuda())
 
 
 @pytest.mark.skipif(library.load_error() is not None, reason="the kernels are not built")
