@@ -37,7 +37,7 @@ SECTIONS: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
             "replace_modules",
         ),
     ),
-    ("Looking inside", fastattn, ("attention_weights", "plot_attention")),
+    ("Looking inside", fastattn, ("attention_weights", "attention_entropy", "plot_attention")),
     (
         "In place of flash_attn's",
         flash_attn,

@@ -12,7 +12,7 @@ from .modules import CausalSelfAttention
 from .multihead_attention import MultiheadAttention, replace_modules
 from .routing import replace_sdpa, sdpa
 from .scaled_dot_product import scaled_dot_product_attention
-from .weights import attention_weights, plot_attention
+from .weights import attention_entropy, attention_weights, plot_attention
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "MultiheadAttention",
     "attention",
     "attention_decode",
+    "attention_entropy",
     "attention_varlen",
     "attention_weights",
     "cross_entropy",

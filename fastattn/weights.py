@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -67,6 +67,39 @@ def attention_weights(
     if tuple(validate.tensor("lse", lse).shape) != want:
         raise ValueError(f"lse must have shape (B, H_q, S_q) = {want}, got {tuple(lse.shape)}")
     return weights_of(p, lse, rows, keys, heads)
+
+
+def attention_entropy(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    rows: Selection = None,
+    heads: Selection = None,
+    block_bytes: int = 1 << 26,
+    **options: Any,
+) -> Tensor:
+    """How spread out each query's attention is: −Σ w · log w over the keys, in nats.
+
+    Args:
+        q, k, lse, rows, heads, options: as in `attention_weights`.
+        block_bytes: weights that exist at a time: rows are gone through in blocks of that size.
+
+    Returns:
+        (B, heads, rows), fp32 (fp64 for fp64 q): 0 where one key has all the weight, or there is
+        none to see; log(S_k) where all have the same.
+
+    Raises:
+        As `attention_weights`.
+    """
+    validate.tensor("q", q, 4)
+    every = _every(q.shape[1], _indices("rows", rows, q.shape[1], q.device), q.device)
+    row_bytes = 8 * q.shape[0] * q.shape[2] * validate.tensor("k", k, 4).shape[1]
+    entropies = []
+    for block in every.split(max(1, block_bytes // max(1, row_bytes))):
+        w = attention_weights(q, k, lse, rows=block, heads=heads, **options)
+        entropies.append(-torch.xlogy(w, w).sum(-1))
+    return torch.cat(entropies, -1)
 
 
 def weights_of(

@@ -96,6 +96,24 @@ def test_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
+ENTROPY = [c for c in DENSE if c.name in ("causal", "mask-empty-rows", "sinks", "no-keys", "gqa-8")]
+
+
+@pytest.mark.parametrize("case", ENTROPY, ids=str)
+def test_entropy(case: Case) -> None:
+    p = make_problem(case, torch.float32)
+    options = options_of(p)
+    _, lse = fastattn.attention(p.q, p.k, p.v, **options, return_lse=True)
+    w = whole_matrix(p)
+    expected = -torch.where(w > 0, w * w.clamp(min=1e-300).log(), 0.0).sum(-1)
+    for block_bytes in (1 << 26, 1, 8 * p.k.shape[1] * p.q.shape[2] * p.q.shape[0] * 4):
+        got = fastattn.attention_entropy(p.q, p.k, lse, **options, block_bytes=block_bytes)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    some = fastattn.attention_entropy(p.q, p.k, lse, rows=[-1, 0], heads=0, **options)
+    torch.testing.assert_close(some.double(), expected[:, :1, [-1, 0]], rtol=1e-5, atol=1e-5)
+    assert fastattn.attention_entropy(p.q, p.k, lse, rows=[], **options).shape[-1] == 0
+
+
 def test_bad_arguments() -> None:
     q, lse = torch.randn(1, 5, 2, 8), torch.zeros(1, 2, 5)
     with pytest.raises(ValueError, match=r"lse must have shape .* = \(1, 2, 5\), got \(1, 5, 2\)"):
