@@ -69,6 +69,27 @@ def refuses(p: Problem, asked: bool) -> str | None:
     return (None if library.emulated() else _no_image(target)) or _no_kernel(p, target)
 
 
+def remark(p: Problem) -> str | None:
+    """On Hopper: why a problem isn't for its own kernel; csrc/cuda/tensor_map.cu decides."""
+    if not isinstance(p, AttentionProblem) or arch(p.q) != 90 or p.q.dtype == torch.float32:
+        return None
+    for name, t in (("q", p.q), ("k", p.k), ("v", p.v)):
+        if (reason := _tma_refuses(t)) is not None:
+            return f"forward by the kernel of sm_80, as TMA can't copy {name}: {reason}"
+    return "forward by wgmma and TMA, backward by the kernels of sm_80"
+
+
+def _tma_refuses(t: Tensor) -> str | None:
+    if t.numel() == 0:
+        return "it is empty"
+    if t.data_ptr() % 16 != 0:
+        return "it isn't aligned to 16 bytes"
+    sizes_and_strides = zip(t.shape[:-1], t.stride()[:-1], strict=True)
+    if any(n > 1 and (stride <= 0 or stride % 8 != 0) for n, stride in sizes_and_strides):
+        return f"of strides {t.stride()} one is no positive multiple of 8"
+    return None
+
+
 def arch(t: Tensor) -> int:
     """Of t's device, as compute capability · 10: 75, 80, 86, 89, 90, 100, 120."""
     if library.emulated():

@@ -45,6 +45,11 @@ class Backend(NamedTuple):
         """None, or why this backend can't take this problem; `asked` for by name or not."""
         return self.unusable() or self._load().refuses(p, asked)
 
+    def remark(self, p: Problem) -> str | None:
+        """What there is to say on how this backend takes a problem that it doesn't refuse."""
+        remark = getattr(self._load(), "remark", None)
+        return None if remark is None else remark(p)
+
     def _load(self):
         return importlib.import_module(self.module, __package__)
 
@@ -141,5 +146,7 @@ def explain_problem(p: Problem, backend: str | None) -> Explanation:
             verdict = "could, not chosen"
         else:
             verdict, chosen = "chosen" + (" (asked for)" if name else ""), True
+        if reason is None and (remark := row.remark(p)) is not None:
+            verdict += f": {remark}"
         rows.append((row.name, verdict))
     return Explanation(tuple(rows))

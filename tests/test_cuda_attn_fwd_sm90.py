@@ -16,7 +16,7 @@ from emulator import build
 from emulator.runtime import Library
 
 import fastattn
-from fastattn import reference
+from fastattn import backend_cuda, reference
 from fastattn.problem import AttentionProblem
 from fastattn.testing import (
     CASES,
@@ -64,9 +64,13 @@ def test_head_dims_between_tiles(emulator: Library, head_dim: int, poisoned: Non
 
 
 def is_taken(emulator: Library, p: AttentionProblem) -> bool:
+    """By what runs, which `explain` must have told before."""
     emulator.passed_places()
     check(p)
-    return any(place.startswith(KERNEL) for place in emulator.passed_places())
+    taken = any(place.startswith(KERNEL) for place in emulator.passed_places())
+    remark = backend_cuda.remark(p)
+    assert remark is not None and taken == remark.startswith("forward by wgmma"), remark
+    return taken
 
 
 def test_takes_what_tma_can_copy(emulator: Library) -> None:
@@ -127,3 +131,11 @@ def test_a_packed_neighbour_has_no_influence(emulator: Library) -> None:
     torch.testing.assert_close(out[:40].double(), expected[:40], rtol=1e-2, atol=2e-3)
     torch.testing.assert_close(lse[:, :40].double(), expected_lse[:, :40], rtol=1e-3, atol=1e-3)
     assert out[40:].isnan().all()
+
+
+def test_explain_tells_the_kernel(emulated_arch: int) -> None:
+    q = torch.zeros(1, 2, 1, 12).half()
+    told = str(fastattn.explain(q, q, q, backend="cuda"))
+    assert (
+        "as TMA can't copy q: of strides (24, 12, 12, 1) one is no positive multiple of 8" in told
+    )
