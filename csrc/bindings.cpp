@@ -145,7 +145,7 @@ void attn_fwd(Kernels& kernels, FASTATTN_ATTENTION_ARGS, Tensor out, Tensor lse)
 
 void attn_bwd(Kernels& kernels, FASTATTN_ATTENTION_ARGS, const Tensor& out, const Tensor& lse,
               const Tensor& dout, const OptionalTensor& dlse, Tensor dq, Tensor dk, Tensor dv,
-              OptionalTensor dbias, OptionalTensor dsinks) {
+              OptionalTensor dbias, OptionalTensor dsinks, bool deterministic) {
   AttnBwdParams p{};
   p.fwd = FASTATTN_ATTENTION_PARAMS;
   p.dout = dout.const_data_ptr();
@@ -167,6 +167,7 @@ void attn_bwd(Kernels& kernels, FASTATTN_ATTENTION_ARGS, const Tensor& out, cons
     p.dbias_stride = score_strides_of(*dbias);
   }
   if (dsinks) p.dsinks = static_cast<float*>(dsinks->data_ptr());
+  p.deterministic = deterministic;
   kernels.attn_bwd(p);
 }
 
@@ -365,7 +366,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTATTN_OPS, m) {
   m.def("attn_fwd(" FASTATTN_ATTENTION_SCHEMA "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attn_bwd(" FASTATTN_ATTENTION_SCHEMA
         "Tensor out, Tensor lse, Tensor dout, Tensor? dlse, Tensor(a!) dq, Tensor(b!) dk, "
-        "Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dsinks) -> ()");
+        "Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dsinks, bool deterministic) -> ()");
   m.def(
       "attn_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, "
       "int seqlen_new, Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, "

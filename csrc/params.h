@@ -70,7 +70,8 @@ struct AttnBwdParams {
   Strides dq_stride, dk_stride, dv_stride;
   float* dbias;  // null or zero-filled by the caller; reduced over broadcast dimensions
   ScoreStrides dbias_stride;
-  float* dsinks;  // null or zero-filled (H_q)
+  float* dsinks;       // null or zero-filled (H_q)
+  bool deterministic;  // dq, dk and dv the same bit for bit each time
 };
 
 // Queries against the KV cache after the append. A page is page_size consecutive positions; not

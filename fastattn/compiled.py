@@ -48,7 +48,7 @@ class Compiled:
         if p.sinks is not None:
             dsinks = p.sinks.new_zeros(p.sinks.shape)
         dlse = None if dlse is None else last_stride_one(dlse)
-        self._ops().attn_bwd(*p, out, lse, dout, dlse, dq, dk, dv, dbias, dsinks)
+        self._ops().attn_bwd(*p, out, lse, dout, dlse, dq, dk, dv, dbias, dsinks, deterministic)
         if p.bias is not None and dbias is not None:
             dbias = dbias.to(p.bias.dtype)
         return dq, dk, dv, dbias, dsinks

@@ -31,8 +31,8 @@ struct AttnBwdLaunch {
   bool aligned;        // rows of q, k, v, dout can be moved 16 bytes at a time
 };
 
-// What becomes of fragments of S and dP.
-template <class T, Rows kRows>
+// What becomes of fragments of S and dP; one of the kernels that see a score adds up dbias.
+template <class T, Rows kRows, bool kAddsBias = kRows == Rows::kQueries>
 class Gradients {
  public:
   FASTATTN_DEVICE Gradients(const AttnBwdParams& b, const Sequence& s, const Window& window,
@@ -48,8 +48,9 @@ class Gradients {
     const AttnFwdParams& p = b_.fwd;
     mods_.cap(weights);
     float slopes[1][kN][4];
+    const float per_cap = 1.0f / p.softcap;
     for_each_element(slopes, [&](float& slope, int m, int n, int half, int e) {
-      const float t = weights[m][n][2 * half + e] / p.softcap;
+      const float t = weights[m][n][2 * half + e] * per_cap;
       slope = p.softcap > 0 ? 1.0f - t * t : 1.0f;
     });
     mods_.add(weights, at);
@@ -68,7 +69,7 @@ class Gradients {
       weight = hidden ? 0.0f : prob * kept;
       dweight = hidden ? 0.0f : dscore;  // NaN of what is hidden stays behind
     });
-    if (kRows == Rows::kQueries && b_.dbias) add_dbias(dweights, at);
+    if (kAddsBias && b_.dbias) add_dbias(dweights, at);
     for_each_element(dweights, [&](float& d, int m, int n, int half, int e) {
       d *= slopes[m][n][2 * half + e];
     });
@@ -78,7 +79,7 @@ class Gradients {
   // Elements of dbias that several scores share are summed in no particular order.
   template <int kN>
   FASTATTN_DEVICE void add_dbias(float (&dscores)[1][kN][4], Position at) const {
-    const ScoreStrides& stride = b_.dbias_stride;
+    const ScoreStrides stride = ScoreMods<T, kRows>::oriented(b_.dbias_stride);
     float* dbias = b_.dbias + batch_ * stride.batch + head_ * stride.head + at.row * stride.row +
                    at.column * stride.col;
     mods_.for_each_there(dscores, at, [&](float& d, int row, int column) {

@@ -20,6 +20,7 @@
 #include "fragments.cuh"
 #include "launch.cuh"
 #include "panel_tile.cuh"
+#include "products_sm90.cuh"
 #include "query_tile.cuh"
 #include "repair.cuh"
 #include "ring.cuh"
@@ -117,27 +118,6 @@ struct NoTurns {
   FASTATTN_DEVICE void pass_on() const {}
 };
 
-// scores = rows [row, row + 64) of Q · Kᵀ, and out += weights · V: issued, not waited for.
-template <class T, int kN, class QTile, class KTile>
-FASTATTN_DEVICE void issue_scores(float (&scores)[1][kN][4], const QTile& sQ, int row,
-                                  const KTile& sK) {
-#pragma unroll
-  for (int k = 0; k < KTile::kSteps; k++) {
-    ptx::wgmma<ptx::Major::kK, ptx::Major::kK>(scores[0], sQ.rows(row, k), sK.rows(0, k), k > 0,
-                                               T{});
-  }
-  ptx::wgmma_commit();
-}
-template <class T, int kK, int kD, class VTile>
-FASTATTN_DEVICE void issue_out(float (&out)[1][kD][4], const uint32_t (&weights)[kK][4],
-                               const VTile& sV) {
-#pragma unroll
-  for (int k = 0; k < kK; k++) {
-    ptx::wgmma<ptx::Major::kMN>(out[0], weights[k], sV.columns(k), true, T{});
-  }
-  ptx::wgmma_commit();
-}
-
 template <class T, int kHeadDim, Scores kScores>
 FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim, kScores> shared) {
   constexpr FwdTileSm90 kTile = fwd_tile_sm90(kHeadDim, kScores);
@@ -177,30 +157,25 @@ FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim
         if (p.seed) mods.drop(scores, at);
       }
     };
-    const auto pack_weights = [&] {
-#pragma unroll
-      for (int k = 0; k < kK; k++) pack_a(weights[k], scores[0], k, T{});
-    };
-
     shared.q_ring.wait();
     int n_block = tile.n_block_end - 1;
     if (n_block >= tile.n_block_min) {
       shared.k_ring.wait();
       ptx::wgmma_fence();
-      issue_scores<T>(scores, shared.q, consumer_row, shared.k());
+      issue_rows<T>(scores, shared.q, consumer_row, shared.k());
       ptx::wgmma_wait<0>();
       ptx::settle(scores[0]);
       shared.k_ring.release();
       weigh(n_block);
-      pack_weights();
+      pack_weights<T>(weights, scores);
 #pragma unroll 1
       for (n_block--; n_block >= tile.n_block_min; n_block--) {
         shared.k_ring.wait();
         shared.v_ring.wait();
         turn.wait();
         ptx::wgmma_fence();
-        issue_scores<T>(scores, shared.q, consumer_row, shared.k());
-        issue_out<T>(out, weights, shared.v());
+        issue_rows<T>(scores, shared.q, consumer_row, shared.k());
+        issue_add<T>(out, weights, shared.v());
         turn.pass_on();
         ptx::wgmma_wait<1>();
         ptx::settle(scores[0]);
@@ -210,11 +185,11 @@ FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim
         ptx::settle(out[0]);
         shared.v_ring.release();
         softmax.scale(out, rescale);
-        pack_weights();
+        pack_weights<T>(weights, scores);
       }
       shared.v_ring.wait();
       ptx::wgmma_fence();
-      issue_out<T>(out, weights, shared.v());
+      issue_add<T>(out, weights, shared.v());
       ptx::wgmma_wait<0>();
       ptx::settle(out[0]);
       shared.v_ring.release();
@@ -255,11 +230,6 @@ __global__ void __launch_bounds__(fwd_tile_sm90(kHeadDim, kScores).threads(), 1)
     ptx::set_max_registers_down<kTile.producer_registers()>();
     if (threadIdx.x % FwdTileSm90::kWarpgroupThreads == 0) produce(launch, shared);
   }
-}
-
-inline MappedTensor mapped(const AttnFwdParams& p, const void* data, const Strides& stride,
-                           int64_t rows, int64_t heads, int64_t cols, int box_rows) {
-  return {p.dtype, data, p.cu_seqlens_q ? 1 : p.batch, rows, heads, cols, stride, box_rows};
 }
 
 template <class T, int kHeadDim, Scores kScores>

@@ -9,8 +9,9 @@
 
 namespace fastattn::cuda {
 
-template <int kRows, int kCols>
+template <int kRowCount, int kCols>
 struct PanelTile {
+  static constexpr int kRows = kRowCount;
   static constexpr int kPanelCols = 64, kRowBytes = 128, kGroupBytes = 8 * kRowBytes;
   static constexpr int kSteps = kCols / 16;  // of a product along the columns
   static constexpr int kPanels = ceil_div(kCols, kPanelCols);
@@ -30,10 +31,10 @@ struct PanelTile {
   FASTATTN_DEVICE uint64_t rows(int row, int k) const {
     return descriptor(bytes + k / 4 * kPanelBytes + row * kRowBytes + k % 4 * 32, 16);
   }
-  // As an operand whose columns, or rows of A, are columns of this tile, and whose k are rows
-  // 16·k ….
-  FASTATTN_DEVICE uint64_t columns(int k) const {
-    return descriptor(bytes + 16 * k * kRowBytes, kPanelBytes);
+  // As an operand whose columns, or rows of A, are columns of this tile from a panel's first on,
+  // and whose k are rows 16·k ….
+  FASTATTN_DEVICE uint64_t columns(int k, int panel = 0) const {
+    return descriptor(bytes + panel * kPanelBytes + 16 * k * kRowBytes, kPanelBytes);
   }
 
   // Rows first … of one head of a (B, S, H, D) tensor; `map` has boxes of (64, kRows).

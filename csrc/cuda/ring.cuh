@@ -32,9 +32,16 @@ class Ring {
 
   // The producer: waits until the buffer is free; the barrier is for copies of `bytes` to it.
   FASTATTN_DEVICE uint64_t* acquire(int bytes) const {
-    ptx::mbarrier_wait(empty_ + stage_, phase_ ^ 1);
+    wait_free();
     ptx::mbarrier_arrive_expect_tx(full_ + stage_, bytes);
     return full_ + stage_;
+  }
+  // Without copies: a warp waits, has written the buffer by itself.
+  FASTATTN_DEVICE void wait_free() const { ptx::mbarrier_wait(empty_ + stage_, phase_ ^ 1); }
+  FASTATTN_DEVICE void publish() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(full_ + stage_);
+    advance();
   }
 
   // A consumer's warps: wait until the buffer is full; have read it.

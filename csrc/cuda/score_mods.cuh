@@ -226,6 +226,11 @@ class ScoreMods {
     });
   }
 
+  // Strides along a fragment's rows and columns.
+  FASTATTN_DEVICE static ScoreStrides oriented(const ScoreStrides& s) {
+    return kRows == Rows::kQueries ? s : ScoreStrides{s.batch, s.head, s.col, s.row};
+  }
+
  private:
   template <class Bias, int kM, int kN>
   FASTATTN_DEVICE void add_bias(const Bias* bias, float (&scores)[kM][kN][4], Position at) const {
@@ -234,10 +239,6 @@ class ScoreMods {
     for_each_there(scores, at, [&](float& s, int row, int column) {
       s += to_float(bias[row * stride.row + column * stride.col]);
     });
-  }
-
-  FASTATTN_DEVICE static ScoreStrides oriented(const ScoreStrides& s) {
-    return kRows == Rows::kQueries ? s : ScoreStrides{s.batch, s.head, s.col, s.row};
   }
 
   FASTATTN_DEVICE int64_t offset(const ScoreStrides& stride, Position at) const {

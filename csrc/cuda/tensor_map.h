@@ -13,8 +13,8 @@
 
 namespace fastattn::cuda {
 
-// A (B, S, H, D) tensor of 16-bit elements, of which boxes of `box_rows` rows and 64 columns are
-// copied, swizzled as PanelTile wants them.
+// A (B, S, H, D) tensor, of which boxes of `box_rows` rows of 128 bytes are copied, swizzled as
+// PanelTile wants them.
 struct MappedTensor {
   DType dtype;
   const void* data;
@@ -22,6 +22,12 @@ struct MappedTensor {
   Strides stride;
   int box_rows;
 };
+
+// A tensor of an attention problem.
+inline MappedTensor mapped(const AttnFwdParams& p, const void* data, const Strides& stride,
+                           int64_t rows, int64_t heads, int64_t cols, int box_rows) {
+  return {p.dtype, data, p.cu_seqlens_q ? 1 : p.batch, rows, heads, cols, stride, box_rows};
+}
 
 // Whether TMA can copy it: 16-byte alignment, strides that are positive multiples of it, and any
 // rows at all.

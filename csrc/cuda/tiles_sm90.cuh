@@ -51,6 +51,32 @@ constexpr FwdTileSm90 kRichFwdTilesSm90[] = {
 };
 // clang-format on
 
+// Attention's backward: kBlockK keys of two consumers, block_q queries at a time, in kStages
+// buffers of Q, of dO and of their lse and delta; two of dSᵀ, and 64 × 64 of dQ in fp32 a consumer.
+struct BwdTileSm90 {
+  int head_dim, block_q;
+
+  static constexpr int kBlockK = 128, kStages = 2;
+  static constexpr int kConsumerThreads = 256, kThreads = 384;
+
+  FASTATTN_HD constexpr int barriers() const { return 2 + 6 * kStages; }
+  FASTATTN_HD constexpr int shared_bytes() const {
+    return 2 * head_dim * (2 * kBlockK + 2 * kStages * block_q) + 2 * 2 * kBlockK * block_q +
+           2 * 64 * 64 * 4 + kStages * 2 * block_q * 4 + 8 * barriers();
+  }
+};
+
+// A consumer's thread holds head_dim sums, of dK and dV, and block_q scores and their gradients, of
+// 240 registers. Both are the tiles of FlashAttention-3.
+constexpr BwdTileSm90 kBwdTilesSm90[] = {
+    {64, 128},  // 192 KB; 64 + 128
+    {128, 64},  // 192 KB; 128 + 64
+};
+
+FASTATTN_HD constexpr BwdTileSm90 bwd_tile_sm90(int head_dim) {
+  return head_dim == 64 ? kBwdTilesSm90[0] : kBwdTilesSm90[1];
+}
+
 FASTATTN_HD constexpr FwdTileSm90 fwd_tile_sm90(int head_dim, Scores scores) {
   for (int i = 0; i < 5; i++) {
     const FwdTileSm90 tile = scores == Scores::kPlain ? kFwdTilesSm90[i] : kRichFwdTilesSm90[i];

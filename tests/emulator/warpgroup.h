@@ -51,7 +51,7 @@ struct Warpgroup {
   std::map<int, uint32_t> last_of_group;
   std::vector<Thread*> waiting;
   // What its threads together know to be written, kept as long as none learns more.
-  std::vector<const void*> known_of;
+  std::vector<std::shared_ptr<const Clock>> known_of;
   std::shared_ptr<const Clock> known;
 };
 

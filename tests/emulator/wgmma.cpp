@@ -123,8 +123,8 @@ std::shared_ptr<Accumulators> accumulators(Warpgroup& w, const Lane* const* lane
 
 // What all threads of the warpgroup know to be written for the asynchronous proxy.
 const Clock* known_written(Warpgroup& w) {
-  std::vector<const void*> known_of;
-  for (int t = 0; t < kWarpgroupThreads; ++t) known_of.push_back(w.threads[t].known.async.get());
+  std::vector<std::shared_ptr<const Clock>> known_of;
+  for (int t = 0; t < kWarpgroupThreads; ++t) known_of.push_back(w.threads[t].known.async);
   if (w.known == nullptr || known_of != w.known_of) {
     Join join;
     for (int t = 0; t < kWarpgroupThreads; ++t) {

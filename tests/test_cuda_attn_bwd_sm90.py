@@ -1,0 +1,121 @@
+"""Attention's backward on Hopper's kernel (wgmma, TMA, sums of dQ by TMA), in the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import emulated
+import public
+import pytest
+import torch
+from emulator.runtime import Library
+from test_cuda_attn_bwd import gradients
+
+from fastattn import backend_cuda
+from fastattn.problem import AttentionProblem
+from fastattn.testing import CASES, Case, assert_results_close, attention_expected, make_problem
+
+pytestmark = pytest.mark.parametrize("emulated_arch", [90], indirect=True)
+KERNEL = "attn_bwd_sm90.cuh"
+
+
+@pytest.fixture
+def emulator(emulated_arch: int) -> Iterator[Library]:
+    library = Library(emulated.build())
+    library.set_options("without=?")  # lists the places that are passed
+    library.passed_places()
+    yield library
+    library.set_options()
+
+
+def problem(case: Case) -> AttentionProblem:
+    p = make_problem(case, torch.bfloat16)
+    return p._replace(seed=public.drawn_seed()) if p.dropout_p > 0 else p
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_keeps_the_contract(emulated_arch: int, case: Case, poisoned: None) -> None:
+    p = problem(case)
+    assert_results_close(gradients(p), *attention_expected(p))
+
+
+ORDERS = ("gqa-4-causal", "causal-257", "window-both", "everything", "packed-everything")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ORDERS], ids=str)
+def test_whatever_the_order_of_events(emulator: Library, case: Case, poisoned: None) -> None:
+    """Deterministic gradients are the same bit for bit: blocks of keys take turns."""
+    p = problem(case)
+    first = gradients(p)
+    for mode in ("eager", "random,seed=1,co_scheduled=1", "random,seed=2,co_scheduled=1"):
+        emulator.set_options(mode)
+        for name, grad in gradients(p).items():
+            assert torch.equal(grad, first[name]), (mode, name)
+
+
+def any_order(p: AttentionProblem) -> list[torch.Tensor | None]:
+    """Gradients with sums of dQ in any order."""
+    out, lse = backend_cuda.attn_fwd(p)
+    return [t for t in backend_cuda.attn_bwd(p, out, lse, out, None, False) if t is not None]
+
+
+def test_sums_in_any_order(emulator: Library) -> None:
+    p = problem(Case("", (1, 150, 300), (2, 1), 64, window=(-1, 0)))
+    want = gradients(p)
+    out, lse = backend_cuda.attn_fwd(p)
+    for seed in range(4):
+        emulator.set_options(f"random,seed={seed}")
+        dq, *_ = any_order(p)
+        expected, *_ = backend_cuda.attn_bwd(p, out, lse, out, None, True)
+        torch.testing.assert_close(dq, expected, rtol=2e-2, atol=1e-3)
+    assert set(want) == {"out", "lse", "dq", "dk", "dv"}
+
+
+def is_taken(emulator: Library, p: AttentionProblem) -> bool:
+    emulator.passed_places()
+    any_order(p)
+    return any(place.startswith(KERNEL) for place in emulator.passed_places())
+
+
+def test_takes_what_tma_can_copy(emulator: Library) -> None:
+    """And the kernels of sm_80 the rest."""
+    q, k, v = torch.randn(3, 2, 40, 2, 64).half().unbind()
+    assert is_taken(emulator, AttentionProblem(q, k, v))
+    assert is_taken(emulator, AttentionProblem(q[..., :61], k[..., :61], v[..., :32]))
+    assert not is_taken(emulator, AttentionProblem(q[..., 1:], k[..., 1:], v[..., 1:]))
+    assert not is_taken(emulator, AttentionProblem(q, k[:, :0], v[:, :0]))
+    wide = torch.randn(1, 40, 2, 136).half()
+    assert not is_taken(emulator, AttentionProblem(wide, wide, wide))
+
+
+def test_every_barrier_is_needed(emulator: Library) -> None:
+    """Of a packed sequence whose tiles aren't full, by heads enough to fill buffers again."""
+    lengths_q = torch.tensor([0, 150, 160], dtype=torch.int32)
+    lengths_k = torch.tensor([0, 200, 210], dtype=torch.int32)
+    q = torch.randn(160, 2, 64).half()
+    k, v = torch.randn(2, 210, 1, 64).half().unbind()
+    p = AttentionProblem(q, k, v, cu_seqlens_q=lengths_q, cu_seqlens_k=lengths_k, max_seqlen_q=150,
+                         max_seqlen_k=200, scale=0.125)  # fmt: skip
+    out, lse = backend_cuda.attn_fwd(p)
+    emulator.passed_places()
+    backend_cuda.attn_bwd(p, out, lse, out, None, False)
+    places = emulator.passed_places()
+    assert len([place for place in places if place.startswith(KERNEL)]) > 12, places
+    for place in places:
+        emulator.set_options(f"without={place}")
+        with pytest.raises(RuntimeError, match="emulator: "):
+            backend_cuda.attn_bwd(p, out, lse, out, None, False)
+            pytest.fail(f"nothing is wrong without {place}")
+
+
+def test_a_packed_neighbour_has_no_influence(emulated_arch: int) -> None:
+    """Tiles hold the first rows of the next sequence too: not even NaN passes."""
+    lengths = torch.tensor([0, 40, 100], dtype=torch.int32)
+    q, k, v = torch.randn(3, 100, 2, 32).half().unbind()
+    sequences = {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths}
+    p = AttentionProblem(q, k, v, **sequences, max_seqlen_q=60, max_seqlen_k=60)
+    clean = any_order(p)
+    for t in (q, k, v):
+        t[40:] = torch.nan
+    for got, want in zip(any_order(p), clean, strict=True):
+        assert torch.equal(got[:40], want[:40]) and got[40:].isnan().all()
