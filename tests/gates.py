@@ -30,10 +30,13 @@ class Budget(NamedTuple):
 
 # 65,536 registers an SM: 255 leave room for 8 warps, 128 for 16, 64 for 32.
 BUDGET = {
+    "attn_bwd_clear_kernel": Budget(32),
     "attn_bwd_dkv_kernel": Budget(255, tensor_cores=True),
     "attn_bwd_dq_kernel": Budget(255, tensor_cores=True),
+    "attn_bwd_dq_store_kernel": Budget(64),
     "attn_bwd_dsinks_kernel": Budget(64),
     "attn_bwd_prep_kernel": Budget(64),
+    "attn_bwd_sm90_kernel": Budget(168, wgmma_groups=5),
     "attn_fwd_fp32_kernel": Budget(255),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
     "attn_fwd_sm90_kernel": Budget(168, wgmma_groups=4),  # as it starts: 384 threads, or 512 of 128

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import emulated
+import planted
 import public
 import pytest
 import torch
 from emulator.runtime import Library
 from test_cuda_attn_bwd import gradients
+from torch import Tensor
 
 from fastattn import backend_cuda
 from fastattn.problem import AttentionProblem
@@ -17,6 +19,11 @@ from fastattn.testing import CASES, Case, assert_results_close, attention_expect
 
 pytestmark = pytest.mark.parametrize("emulated_arch", [90], indirect=True)
 KERNEL = "attn_bwd_sm90.cuh"
+
+
+@pytest.fixture(autouse=True)
+def loaded(emulated_arch: int) -> None:
+    assert backend_cuda.unusable() is None
 
 
 @pytest.fixture
@@ -53,27 +60,24 @@ def test_whatever_the_order_of_events(emulator: Library, case: Case, poisoned: N
             assert torch.equal(grad, first[name]), (mode, name)
 
 
-def any_order(p: AttentionProblem) -> list[torch.Tensor | None]:
-    """Gradients with sums of dQ in any order."""
-    out, lse = backend_cuda.attn_fwd(p)
+def any_order(p: AttentionProblem, out: Tensor, lse: Tensor) -> list[Tensor]:
+    """Gradients of (out · out) / 2, with sums of dQ in any order."""
     return [t for t in backend_cuda.attn_bwd(p, out, lse, out, None, False) if t is not None]
 
 
 def test_sums_in_any_order(emulator: Library) -> None:
     p = problem(Case("", (1, 150, 300), (2, 1), 64, window=(-1, 0)))
-    want = gradients(p)
     out, lse = backend_cuda.attn_fwd(p)
-    for seed in range(4):
+    want = any_order(p, out, lse)
+    for seed in range(1, 4):
         emulator.set_options(f"random,seed={seed}")
-        dq, *_ = any_order(p)
-        expected, *_ = backend_cuda.attn_bwd(p, out, lse, out, None, True)
-        torch.testing.assert_close(dq, expected, rtol=2e-2, atol=1e-3)
-    assert set(want) == {"out", "lse", "dq", "dk", "dv"}
+        torch.testing.assert_close(any_order(p, out, lse), want, rtol=2e-2, atol=1e-3)
 
 
 def is_taken(emulator: Library, p: AttentionProblem) -> bool:
+    out, lse = backend_cuda.attn_fwd(p)
     emulator.passed_places()
-    any_order(p)
+    any_order(p, out, lse)
     return any(place.startswith(KERNEL) for place in emulator.passed_places())
 
 
@@ -97,15 +101,7 @@ def test_every_barrier_is_needed(emulator: Library) -> None:
     p = AttentionProblem(q, k, v, cu_seqlens_q=lengths_q, cu_seqlens_k=lengths_k, max_seqlen_q=150,
                          max_seqlen_k=200, scale=0.125)  # fmt: skip
     out, lse = backend_cuda.attn_fwd(p)
-    emulator.passed_places()
-    backend_cuda.attn_bwd(p, out, lse, out, None, False)
-    places = emulator.passed_places()
-    assert len([place for place in places if place.startswith(KERNEL)]) > 12, places
-    for place in places:
-        emulator.set_options(f"without={place}")
-        with pytest.raises(RuntimeError, match="emulator: "):
-            backend_cuda.attn_bwd(p, out, lse, out, None, False)
-            pytest.fail(f"nothing is wrong without {place}")
+    assert planted.unnoticed(emulator, lambda: any_order(p, out, lse)) == []
 
 
 def test_a_packed_neighbour_has_no_influence(emulated_arch: int) -> None:
@@ -114,8 +110,10 @@ def test_a_packed_neighbour_has_no_influence(emulated_arch: int) -> None:
     q, k, v = torch.randn(3, 100, 2, 32).half().unbind()
     sequences = {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths}
     p = AttentionProblem(q, k, v, **sequences, max_seqlen_q=60, max_seqlen_k=60)
-    clean = any_order(p)
-    for t in (q, k, v):
+    out, lse = backend_cuda.attn_fwd(p)
+    clean = any_order(p, out, lse)
+    for t in (q, k, v, out):
         t[40:] = torch.nan
-    for got, want in zip(any_order(p), clean, strict=True):
+    lse[:, 40:] = torch.nan
+    for got, want in zip(any_order(p, out, lse), clean, strict=True):
         assert torch.equal(got[:40], want[:40]) and got[40:].isnan().all()

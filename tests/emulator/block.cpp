@@ -14,6 +14,7 @@ Thread* current;
 namespace {
 
 Fiber scheduler;
+const std::vector<Block*>* running;
 std::vector<Warp*> ready;  // from `ready_head` on
 size_t ready_head;
 bool abandoned;
@@ -37,6 +38,11 @@ Warp* next_warp() {
   Warp* w = ready[ready_head++];
   w->queued = false;
   return w;
+}
+
+// Carries out some asynchronous operation. False: there is none.
+bool complete_any() {
+  return std::any_of(running->begin(), running->end(), [](Block* b) { return complete_one(*b); });
 }
 
 // Goes on with another lane of the warp, or with the scheduler when none can run.
@@ -99,7 +105,7 @@ void wake(Thread* t) {
 void yield_thread() {
   Thread* self = current;
   if (++yields > 1000000) fail(Site{}, "a million polls in a row, and no thread got on");
-  if (yields % 64 == 0) complete_one(*self->block);
+  if (yields % 64 == 0) complete_any();  // what is polled for may wait for it
   self->warp->polling |= 1u << self->lane;
   enqueue(self->warp);
   leave(self);
@@ -122,12 +128,7 @@ bool run_blocks(const std::vector<Block*>& blocks) {
   for (Block* b : blocks) {
     for (Warp& w : b->warp) enqueue(&w);
   }
-  const auto complete_any = [&] {
-    for (Block* b : blocks) {
-      if (complete_one(*b)) return true;
-    }
-    return false;
-  };
+  running = &blocks;
   while (ready_head < ready.size() || complete_any()) {
     if (ready_head == ready.size()) continue;
     Warp* w = next_warp();
