@@ -229,9 +229,9 @@ FASTATTN_DEVICE void apply_in_parts(const Gradients& gradients, float (&weights)
 template <class DQTile, class Add>
 FASTATTN_DEVICE void add_dq(const float (&dq)[1][8][4], const DQTile& sDQ, int consumer,
                             const Add& add) {
-  const int thread = threadIdx.x % FwdTileSm90::kWarpgroupThreads, lane = thread % 32;
+  const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
   if (thread == 0) ptx::bulk_wait_read<0>();  // the ones before have left
-  ptx::bar_sync(kOneConsumer + consumer, FwdTileSm90::kWarpgroupThreads);
+  ptx::bar_sync(kOneConsumer + consumer, kWarpgroupThreads);
 #pragma unroll
   for (int n = 0; n < 8; n++) {
 #pragma unroll
@@ -243,7 +243,7 @@ FASTATTN_DEVICE void add_dq(const float (&dq)[1][8][4], const DQTile& sDQ, int c
     }
   }
   ptx::fence_proxy_async();
-  ptx::bar_sync(kOneConsumer + consumer, FwdTileSm90::kWarpgroupThreads);
+  ptx::bar_sync(kOneConsumer + consumer, kWarpgroupThreads);
   if (thread == 0) add();
 }
 
@@ -256,7 +256,7 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
   const AttnFwdParams& p = b.fwd;
   const Sequence& s = tile.sequence;
   const int seqlen_q = static_cast<int>(s.seqlen_q), seqlen_k = static_cast<int>(s.seqlen_k);
-  const int consumer = threadIdx.x / FwdTileSm90::kWarpgroupThreads, consumer_row = 64 * consumer;
+  const int consumer = threadIdx.x / kWarpgroupThreads, consumer_row = kWarpgroupRows * consumer;
   const int warp_row = threadIdx.x / 32 * 16, first_key = tile.first + consumer_row;
   const KernelWindow seen_by = KernelWindow(tile.window).transposed(seqlen_q);
   // The part of dQ: 64 queries, or 64 columns.
@@ -283,8 +283,9 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
       const auto stats = [&](int n, int, int e) {
         return make_float2(lane_stats[8 * n + e], lane_stats[kBlockQ + 8 * n + e]);
       };
-      const bool inside = first_key + 64 <= seqlen_k &&
-                          seen_by.shows({first_key, first_key + 64}, {query, query + kBlockQ});
+      const bool inside =
+          first_key + kWarpgroupRows <= seqlen_k &&
+          seen_by.shows({first_key, first_key + kWarpgroupRows}, {query, query + kBlockQ});
       float weights[1][kN][4], dweights[1][kN][4];
       shared.q_ring.wait();
       shared.dout_ring.wait();
@@ -370,7 +371,7 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
       shared.q_ring.release();
     }
   }
-  if (threadIdx.x % FwdTileSm90::kWarpgroupThreads == 0) ptx::bulk_wait_read<0>();
+  if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read<0>();
 
   const int64_t k_row = s.k_row + tile.first;
   store_gradient(dk, head_at<T>(b.dk, b.dk_stride, s.batch, k_row, tile.head), b.dk_stride.seq,

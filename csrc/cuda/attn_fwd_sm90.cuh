@@ -99,8 +99,8 @@ FASTATTN_DEVICE void produce(const AttnFwdSm90Launch& launch,
 // Consumers' turns at issuing products: each waits for the one before it and lets the next one go.
 template <int kConsumers>
 struct Turns {
-  static constexpr int kThreads = 2 * FwdTileSm90::kWarpgroupThreads;  // one waits, one comes
-  int mine;                                                            // named barrier 1 + consumer
+  static constexpr int kThreads = 2 * kWarpgroupThreads;  // one waits, one comes
+  int mine;                                               // named barrier 1 + consumer
 
   // The first one's first turn is let go by the last one.
   FASTATTN_DEVICE explicit Turns(int consumer) : mine(1 + consumer) {
@@ -124,8 +124,8 @@ FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim
   constexpr int kBlockM = kTile.block_m(), kBlockN = kTile.block_n;
   constexpr int kN = kBlockN / 8, kD = kHeadDim / 8, kK = kBlockN / 16;
   const AttnFwdParams& p = launch.params;
-  const int consumer = threadIdx.x / FwdTileSm90::kWarpgroupThreads;
-  const int consumer_row = consumer * FwdTileSm90::kWarpgroupRows;  // in the tile
+  const int consumer = threadIdx.x / kWarpgroupThreads;
+  const int consumer_row = consumer * kWarpgroupRows;  // in the tile
   const int warp_row = threadIdx.x / 32 * 16;
   const std::conditional_t<kHeadDim <= 128, Turns<kTile.consumers>, NoTurns> turn(consumer);
 
@@ -148,7 +148,7 @@ FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim
       const int first_key = n_block * kBlockN;
       const Position at = thread_position(tile.first + warp_row, first_key);
       if constexpr (kScores == Scores::kRich) mods.apply(scores, at);
-      if (!window.shows({first_query, first_query + FwdTileSm90::kWarpgroupRows},
+      if (!window.shows({first_query, first_query + kWarpgroupRows},
                         {first_key, first_key + kBlockN})) {
         hide_outside(scores, window, at);
       }
@@ -157,6 +157,7 @@ FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim
         if (p.seed) mods.drop(scores, at);
       }
     };
+
     shared.q_ring.wait();
     int n_block = tile.n_block_end - 1;
     if (n_block >= tile.n_block_min) {
@@ -223,12 +224,12 @@ __global__ void __launch_bounds__(fwd_tile_sm90(kHeadDim, kScores).threads(), 1)
     ptx::fence_proxy_async();
   }
   __syncthreads();
-  if (threadIdx.x < kTile.consumers * FwdTileSm90::kWarpgroupThreads) {
+  if (threadIdx.x < kTile.consumers * kWarpgroupThreads) {
     ptx::set_max_registers_up<kTile.consumer_registers()>();
     consume<T>(launch.fwd, shared);
   } else {
     ptx::set_max_registers_down<kTile.producer_registers()>();
-    if (threadIdx.x % FwdTileSm90::kWarpgroupThreads == 0) produce(launch, shared);
+    if (threadIdx.x % kWarpgroupThreads == 0) produce(launch, shared);
   }
 }
 

@@ -29,12 +29,12 @@ struct PanelTile {
   // As an operand whose rows, or columns of B, are rows row … of this tile, and whose k are columns
   // 16·k ….
   FASTATTN_DEVICE uint64_t rows(int row, int k) const {
-    return descriptor(bytes + k / 4 * kPanelBytes + row * kRowBytes + k % 4 * 32, 16);
+    return descriptor(row * kRowBytes + k / 4 * kPanelBytes + k % 4 * 32, 0);
   }
   // As an operand whose columns, or rows of A, are columns of this tile from a panel's first on,
   // and whose k are rows 16·k ….
   FASTATTN_DEVICE uint64_t columns(int k, int panel = 0) const {
-    return descriptor(bytes + panel * kPanelBytes + 16 * k * kRowBytes, kPanelBytes);
+    return descriptor(panel * kPanelBytes + 16 * k * kRowBytes, kPanelBytes);
   }
 
   // Rows first … of one head of a (B, S, H, D) tensor; `map` has boxes of (64, kRows).
@@ -47,11 +47,13 @@ struct PanelTile {
   }
 
  private:
-  // `panel_stride` leads from 64 columns to the next, where columns are not k; groups of 8 rows
-  // follow each other. 1 << 62 stands for the swizzle.
-  FASTATTN_DEVICE static uint64_t descriptor(const unsigned char* first, int panel_stride) {
-    return (ptx::shared_address(first) & 0x3ffff) >> 4 | uint64_t(panel_stride) >> 4 << 16 |
-           uint64_t(kGroupBytes) >> 4 << 32 | uint64_t{1} << 62;
+  // Of what begins `offset` bytes into the tile. `panel_stride` leads from 64 columns to the next,
+  // where columns are not k; groups of 8 rows follow each other; 1 << 62 stands for the swizzle.
+  // Fields count 16 bytes. Only the lower word depends on anything: an addition for each product.
+  FASTATTN_DEVICE uint64_t descriptor(int offset, int panel_stride) const {
+    const uint32_t low = (ptx::shared_address(bytes) >> 4) + (offset >> 4) +
+                         (static_cast<uint32_t>(panel_stride) >> 4 << 16);
+    return low | uint64_t{kGroupBytes >> 4 | 1u << 30} << 32;
   }
 };
 

@@ -6,6 +6,7 @@
 
 namespace fastattn::cuda {
 
+constexpr int kWarpgroupThreads = 128, kWarpgroupRows = 64;
 constexpr int kMostSharedSm90 = 227 << 10;  // bytes a block may ask for
 
 // Attention's forward: a warpgroup that copies, and `consumers` that own 64 queries each; block_n
@@ -14,7 +15,6 @@ struct FwdTileSm90 {
   int head_dim, consumers, block_n;
 
   static constexpr int kStages = 2;
-  static constexpr int kWarpgroupRows = 64, kWarpgroupThreads = 128;
 
   FASTATTN_HD constexpr int block_m() const { return kWarpgroupRows * consumers; }
   FASTATTN_HD constexpr int threads() const { return kWarpgroupThreads * (consumers + 1); }
@@ -68,13 +68,9 @@ struct BwdTileSm90 {
 
 // A consumer's thread holds head_dim sums, of dK and dV, and block_q scores and their gradients, of
 // 240 registers. Both are the tiles of FlashAttention-3.
-constexpr BwdTileSm90 kBwdTilesSm90[] = {
-    {64, 128},  // 192 KB; 64 + 128
-    {128, 64},  // 192 KB; 128 + 64
-};
-
 FASTATTN_HD constexpr BwdTileSm90 bwd_tile_sm90(int head_dim) {
-  return head_dim == 64 ? kBwdTilesSm90[0] : kBwdTilesSm90[1];
+  if (head_dim <= 64) return {64, 128};  // 193 KB; 64 + 128 registers
+  return {128, 64};                      // 193 KB; 128 + 64
 }
 
 FASTATTN_HD constexpr FwdTileSm90 fwd_tile_sm90(int head_dim, Scores scores) {

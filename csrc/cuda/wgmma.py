@@ -6,7 +6,7 @@ calls this before it compiles; tests/emulator has the same functions as template
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 COLUMNS = (64, 80, 96, 112, 128, 192, 256)  # n: block_n and head dims of csrc/cuda/tiles_sm90.cuh
@@ -53,15 +53,15 @@ FASTATTN_DEVICE void wgmma(float (&d)[{n // 8}][4], {a}, uint64_t b, bool accumu
 """
 
 
-def functions() -> Iterator[str]:
-    for n in COLUMNS:
+def functions(columns: Iterable[int]) -> Iterator[str]:
+    for n in columns:
         for name in FORMATS:
             for a_in_registers in (False, True):
                 yield function(n, name, a_in_registers)
 
 
-def write(file: Path) -> None:
+def write(file: Path, columns: Iterable[int] = COLUMNS) -> None:
     """Only if it would change, so that nothing is compiled again for it."""
-    text = HEADER + "".join(functions()) + "\n}  // namespace fastattn::cuda::ptx\n"
+    text = HEADER + "".join(functions(columns)) + "\n}  // namespace fastattn::cuda::ptx\n"
     if not file.exists() or file.read_text() != text:
         file.write_text(text)

@@ -69,19 +69,16 @@ __global__ void store_box(const __grid_constant__ Arguments a) {
 template <class T, ptx::Major kA, ptx::Major kB, int kN, bool kRegisters>
 __global__ void product(const __grid_constant__ Arguments a) {
   using ptx::Major;
-  constexpr int kColsB = kB == Major::kK ? 64 : kN;
-  const PanelTile<64, 64> sA{nullptr};
-  const PanelTile<kB == Major::kK ? kN : 64, kColsB> sB{nullptr};
+  using ATile = PanelTile<64, 64>;
+  using BTile = std::conditional_t<kB == Major::kK, PanelTile<kN, 64>, PanelTile<64, kN>>;
   FASTATTN_SHARED(shared);
-  auto tile_a = sA;
-  auto tile_b = sB;
-  tile_a.bytes = shared;
-  tile_b.bytes = shared + sA.kBytes;
-  uint64_t* barrier = make_barrier(shared + sA.kBytes + sB.kBytes, 1);
+  const ATile sA{shared};
+  const BTile sB{shared + ATile::kBytes};
+  uint64_t* barrier = make_barrier(shared + ATile::kBytes + BTile::kBytes, 1);
   if (threadIdx.x == 0) {
-    ptx::mbarrier_arrive_expect_tx(barrier, sA.kBytes + sB.kBytes);
-    tile_a.load(*map(a, 0), barrier, 0, 0, 0);
-    tile_b.load(*map(a, 1), barrier, 0, 0, 0);
+    ptx::mbarrier_arrive_expect_tx(barrier, ATile::kBytes + BTile::kBytes);
+    sA.load(*map(a, 0), barrier, 0, 0, 0);
+    sB.load(*map(a, 1), barrier, 0, 0, 0);
   }
   ptx::mbarrier_wait(barrier, 0);
   const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -98,11 +95,11 @@ __global__ void product(const __grid_constant__ Arguments a) {
   }
   ptx::wgmma_fence();
   for (int k = 0; k < 4; k++) {
-    const uint64_t b = kB == Major::kK ? tile_b.rows(0, k) : tile_b.columns(k);
+    const uint64_t b = kB == Major::kK ? sB.rows(0, k) : sB.columns(k);
     if constexpr (kRegisters) {
       ptx::wgmma<kB>(d, registers[k], b, true, T{});
     } else {
-      const uint64_t first = kA == Major::kK ? tile_a.rows(0, k) : tile_a.columns(k);
+      const uint64_t first = kA == Major::kK ? sA.rows(0, k) : sA.columns(k);
       ptx::wgmma<kA, kB>(d, first, b, k > 0, T{});
     }
   }
