@@ -35,7 +35,8 @@ def attn_bwd(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Atomics add up the gradient of a bias that several scores share, in no fixed order. To be
-    deterministic it is first made for every score, in B · H_q · S_q · S_k floats."""
+    deterministic it is first made for every score, in B · H_q · S_q · S_k floats. On Hopper blocks
+    of keys add to dq in any order; to be deterministic they take turns."""
     bias = p.bias
     if deterministic and bias is not None:
         p = p._replace(bias=bias.float().expand(p.scores_shape))

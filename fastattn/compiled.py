@@ -39,7 +39,7 @@ class Compiled:
         dlse: Tensor | None,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Deterministic either way."""
+        """Deterministic but for Hopper's kernels, which are if they are told to be."""
         dout = last_stride_one(dout)
         dq, dk, dv = (t.new_empty(t.shape) for t in (p.q, p.k, p.v))
         dbias = dsinks = None

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "csrc" / "cuda"))
 import nvcc
+import pipe_cycles
+from pipe_cycles import Instruction
 
 
 class Budget(NamedTuple):
@@ -45,6 +47,26 @@ BUDGET = {
     "attn_decode_combine_kernel": Budget(64),
     "cache_append_kernel": Budget(64),
     "cross_entropy_kernel": Budget(64),
+}
+
+
+# Instructions of the loop over blocks in sm_90a's kernels, by head dim and scores: 0 is plain,
+# 1 rich. tests/pipe_cycles.py says what they mean.
+HOT_LOOP = {
+    "attn_bwd_sm90_kernel<64, 0>": 1770,
+    "attn_bwd_sm90_kernel<64, 1>": 15500,
+    "attn_bwd_sm90_kernel<128, 0>": 1420,
+    "attn_bwd_sm90_kernel<128, 1>": 8300,
+    "attn_fwd_sm90_kernel<64, 0>": 720,
+    "attn_fwd_sm90_kernel<64, 1>": 6400,
+    "attn_fwd_sm90_kernel<96, 0>": 775,
+    "attn_fwd_sm90_kernel<96, 1>": 6500,
+    "attn_fwd_sm90_kernel<128, 0>": 810,
+    "attn_fwd_sm90_kernel<128, 1>": 5750,
+    "attn_fwd_sm90_kernel<192, 0>": 760,
+    "attn_fwd_sm90_kernel<192, 1>": 4350,
+    "attn_fwd_sm90_kernel<256, 0>": 690,
+    "attn_fwd_sm90_kernel<256, 1>": 3700,
 }
 
 
@@ -101,10 +123,6 @@ def readable(symbols: list[str]) -> dict[str, str]:
 # --- machine code ---------------------------------------------------------------------------------
 
 
-# such as "        /*0a30*/              @!P0 LDGSTS.E.BYPASS.128 [R9], [R4.64] ;"
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)")
-
-
 def find_tool(name: str) -> str | None:
     """On PATH, beside nvcc, or from NVIDIA's packages, such as nvidia-cuda-cuobjdump."""
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
@@ -112,28 +130,34 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=":".join(folders))
 
 
-def opcodes(cuobjdump: str, file: Path) -> dict[tuple[str, str], collections.Counter[str]]:
-    """How often each instruction (HMMA, LDL …) occurs, by symbol and architecture."""
+def machine_code(cuobjdump: str, file: Path) -> dict[tuple[str, str], list[Instruction]]:
+    """By symbol and architecture."""
     path = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}  # cuobjdump calls nvdisasm
     command = [cuobjdump, "-sass", str(file)]
     text = subprocess.run(command, env=path, capture_output=True, text=True, check=True).stdout
-    found: dict[tuple[str, str], collections.Counter[str]] = {}
-    arch, counter = "", collections.Counter[str]()
+    found: dict[tuple[str, str], list[Instruction]] = {}
+    arch, code = "", list[Instruction]()
     for line in text.splitlines():
         if line.startswith("arch ="):
             arch = line.split("=")[1].strip()
         elif "Function :" in line:
-            counter = found.setdefault((line.split(":")[1].strip(), arch), collections.Counter())
-        elif (op := INSTRUCTION.match(line)) is not None:
-            counter[op[1]] += 1
-            counter["gsb0"] += op[1] == "HGMMA" and "gsb0" in line
+            code = found.setdefault((line.split(":")[1].strip(), arch), [])
+        elif (instruction := pipe_cycles.parse(line)) is not None:
+            code.append(instruction)
     return found
+
+
+def counted(code: list[Instruction]) -> collections.Counter[str]:
+    """How often each instruction (HMMA, LDL …) occurs, and products that signal a barrier."""
+    ops = collections.Counter(instruction.opcode.split(".")[0] for instruction in code)
+    ops["gsb0"] = sum(i.opcode.startswith("HGMMA") and "gsb0" in i.operands for i in code)
+    return ops
 
 
 # --- the gate -------------------------------------------------------------------------------------
 
 
-def faults(kernel: Kernel, name: str, ops: collections.Counter[str] | None) -> list[str]:
+def faults(kernel: Kernel, name: str, code: list[Instruction] | None) -> list[str]:
     budget = BUDGET.get(name.split("<")[0])
     if budget is None:
         return ["no row in the budget of tests/gates.py"]
@@ -144,14 +168,15 @@ def faults(kernel: Kernel, name: str, ops: collections.Counter[str] | None) -> l
         found.append(f"{kernel.shared} bytes of static shared memory, {budget.shared} at most")
     if kernel.spills or kernel.stack:
         found.append(f"{kernel.spills} bytes spilled, {kernel.stack} bytes of stack")
-    if ops is not None:
+    if code is not None:
+        ops = counted(code)
         if local := ops["LDL"] + ops["STL"]:
             found.append(f"{local} accesses to local memory")
         arithmetic = "MultiplyAdd" in name
         if budget.tensor_cores and not arithmetic and not ops["HMMA"] + ops["HGMMA"]:
             found.append("no tensor core instruction")
         if budget.wgmma_groups:
-            found += wgmma_faults(budget.wgmma_groups, ops)
+            found += wgmma_faults(budget.wgmma_groups, ops) + loop_faults(name, code)
     return found
 
 
@@ -166,6 +191,17 @@ def wgmma_faults(groups: int, ops: collections.Counter[str]) -> list[str]:
     return found + [f"no {op}" for op in ("UTMALDG", "USETMAXREG") if not ops[op]]
 
 
+def loop_faults(name: str, code: list[Instruction]) -> list[str]:
+    loop = pipe_cycles.hot_loop(code)
+    if loop is None:
+        return ["no loop that computes while products run"]
+    print(f"  the loop over blocks: {loop}")
+    most = HOT_LOOP.get(re.sub(r"(bf|fp)16, ", "", name))
+    if most is None:
+        return ["no row in HOT_LOOP of tests/gates.py"]
+    return [f"{loop.instructions} of {most} at most"] if loop.instructions > most else []
+
+
 def main() -> int:
     if nvcc.find() is None:
         print("gates: skipped, there is no nvcc in CUDA_HOME or on PATH")
@@ -176,14 +212,14 @@ def main() -> int:
     for log in nvcc.build(None):
         kernels = list(kernels_of(log))
         names = readable([kernel.symbol for kernel in kernels])
-        sass = opcodes(cuobjdump, log.with_suffix("")) if cuobjdump and kernels else {}
+        sass = machine_code(cuobjdump, log.with_suffix("")) if cuobjdump and kernels else {}
         for kernel in sorted(kernels, key=lambda k: (names[k.symbol], len(k.arch), k.arch)):
-            name, ops = names[kernel.symbol], sass.get((kernel.symbol, kernel.arch))
-            assert ops or not cuobjdump, f"cuobjdump shows no {name} for {kernel.arch}"
-            mma = "" if ops is None else ops["HMMA"] + ops["HGMMA"]
+            name, code = names[kernel.symbol], sass.get((kernel.symbol, kernel.arch))
+            assert code or not cuobjdump, f"cuobjdump shows no {name} for {kernel.arch}"
+            mma = "" if code is None else sum(i.opcode[:4] in ("HMMA", "HGMM") for i in code)
             row = f"{name:<64} {kernel.arch:<8} {kernel.registers:>4}"
             print(f"{row} {kernel.shared:>6} {mma:>5}")
-            found = faults(kernel, name, ops)
+            found = faults(kernel, name, code)
             for fault in found:
                 print(f"  FAILED: {fault}")
             count += 1
