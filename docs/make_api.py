@@ -13,6 +13,7 @@ from types import ModuleType
 import fastattn
 import fastattn.gpt
 from fastattn import bert_padding, flash_attn
+from fastattn.integrations import transformers
 
 PAGE = Path(__file__).with_name("api.md")
 SECTIONS: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
@@ -48,6 +49,7 @@ SECTIONS: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
         bert_padding,
         ("unpad_input", "pad_input", "index_first_axis", "index_put_first_axis"),
     ),
+    ("Under transformers' models", transformers, ("register", "patch_loss", "unpatch_loss")),
     ("The model", fastattn, ("CausalSelfAttention",)),
     ("The model, of fastattn.gpt", fastattn.gpt, ("GPTConfig", "GPT")),
 )
