@@ -53,10 +53,10 @@ BUDGET = {
 # Instructions of the loop over blocks in sm_90a's kernels, by head dim and scores: 0 is plain,
 # 1 rich. tests/pipe_cycles.py says what they mean.
 HOT_LOOP = {
-    "attn_bwd_sm90_kernel<64, 0>": 1770,
-    "attn_bwd_sm90_kernel<64, 1>": 15500,
-    "attn_bwd_sm90_kernel<128, 0>": 1420,
-    "attn_bwd_sm90_kernel<128, 1>": 8300,
+    "attn_bwd_sm90_kernel<64, 0>": 1450,
+    "attn_bwd_sm90_kernel<64, 1>": 15400,
+    "attn_bwd_sm90_kernel<128, 0>": 1075,
+    "attn_bwd_sm90_kernel<128, 1>": 8050,
     "attn_fwd_sm90_kernel<64, 0>": 720,
     "attn_fwd_sm90_kernel<64, 1>": 6400,
     "attn_fwd_sm90_kernel<96, 0>": 775,

@@ -13,6 +13,7 @@ from emulator.runtime import Library
 from test_cuda_attn_bwd import gradients
 from torch import Tensor
 
+import fastattn
 from fastattn import backend_cuda
 from fastattn.problem import AttentionProblem
 from fastattn.testing import CASES, Case, assert_results_close, attention_expected, make_problem
@@ -117,3 +118,13 @@ def test_a_packed_neighbour_has_no_influence(emulated_arch: int) -> None:
     lse[:, 40:] = torch.nan
     for got, want in zip(any_order(p, out, lse), clean, strict=True):
         assert torch.equal(got[:40], want[:40]) and got[40:].isnan().all()
+
+
+def test_autograd_reaches_it(emulator: Library) -> None:
+    q, k, v = torch.randn(3, 1, 70, 2, 32).half().unbind()
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    out = fastattn.attention(*inputs, causal=True, backend="cuda")
+    emulator.passed_places()
+    out.sum().backward()
+    assert any(place.startswith(KERNEL) for place in emulator.passed_places())
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in inputs)

@@ -176,6 +176,7 @@ constexpr int kBothConsumers = 1, kOneConsumer = 2;
 template <class Tile>
 FASTATTN_DEVICE void clear_rows(const Tile& tile, int count) {
   constexpr int kChunks = Tile::kPanels * Tile::kGroup, kThreads = BwdTileSm90::kConsumerThreads;
+#pragma unroll 1
   for (int i = max(count, 0) * kChunks + threadIdx.x; i < Tile::kRows * kChunks; i += kThreads) {
     *reinterpret_cast<uint4*>(tile.chunk(i / kChunks, i % kChunks)) = make_uint4(0, 0, 0, 0);
   }
@@ -185,21 +186,45 @@ FASTATTN_DEVICE void meet_consumers() {
   ptx::bar_sync(kBothConsumers, BwdTileSm90::kConsumerThreads);
 }
 
-// Pᵀ and dSᵀ before scale, of scores that are plain: from raw products and dPᵀ.
-template <int kN, class Stats>
-FASTATTN_DEVICE void plain_weights(float (&weights)[1][kN][4], float scale_log2,
-                                   const Stats& stats) {
-  for_each_element(weights, [&](float& weight, int, int n, int half, int e) {
-    weight = ptx::ex2(weight * scale_log2 - stats(n, half, e).x * kLog2E);
+// Rows from `end` on, of which `row` is this thread's first: keys that are not there have zeros for
+// K, but what scores they get must not overflow.
+template <int kN>
+FASTATTN_DEVICE void fill_behind(float (&scores)[1][kN][4], int row, int end, float value) {
+  for_each_element(scores, [&](float& s, int, int, int half, int) {
+    if (row + 8 * half >= end) s = value;
   });
 }
-template <int kN, class Stats>
+
+// Pᵀ and dSᵀ before scale, of scores that are plain: from raw products and dPᵀ, with lse and delta
+// from this thread's first column on.
+template <int kN>
+FASTATTN_DEVICE void plain_weights(float (&weights)[1][kN][4], float scale_log2, const float* lse) {
+#pragma unroll
+  for (int n = 0; n < kN; n++) {
+    const float2 columns = *reinterpret_cast<const float2*>(lse + 8 * n);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float* weight = &weights[0][n][2 * half];
+      weight[0] = ptx::ex2(weight[0] * scale_log2 - columns.x * kLog2E);
+      weight[1] = ptx::ex2(weight[1] * scale_log2 - columns.y * kLog2E);
+    }
+  }
+}
+// A weight of 0 keeps NaN behind.
+template <int kN>
 FASTATTN_DEVICE void plain_gradients(const float (&weights)[1][kN][4], float (&dweights)[1][kN][4],
-                                     const Stats& stats) {
-  for_each_element(dweights, [&](float& dweight, int m, int n, int half, int e) {
-    const float weight = weights[m][n][2 * half + e];
-    dweight = weight == 0.0f ? 0.0f : weight * (dweight - stats(n, half, e).y);
-  });
+                                     const float* delta) {
+#pragma unroll
+  for (int n = 0; n < kN; n++) {
+    const float2 columns = *reinterpret_cast<const float2*>(delta + 8 * n);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float* weight = &weights[0][n][2 * half];
+      float* dweight = &dweights[0][n][2 * half];
+      dweight[0] = weight[0] == 0.0f ? 0.0f : weight[0] * (dweight[0] - columns.x);
+      dweight[1] = weight[1] == 0.0f ? 0.0f : weight[1] * (dweight[1] - columns.y);
+    }
+  }
 }
 
 // Those of any scores, 8 queries at a time: what they need between takes registers.
@@ -280,9 +305,6 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
       const int query = m_block * kBlockQ;
       const Position at = thread_position(tile.first + warp_row, query);
       const float* lane_stats = shared.stats() + threadIdx.x % 4 * 2;
-      const auto stats = [&](int n, int, int e) {
-        return make_float2(lane_stats[8 * n + e], lane_stats[kBlockQ + 8 * n + e]);
-      };
       const bool inside =
           first_key + kWarpgroupRows <= seqlen_k &&
           seen_by.shows({first_key, first_key + kWarpgroupRows}, {query, query + kBlockQ});
@@ -301,24 +323,29 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
       if constexpr (kScores == Scores::kPlain) {
         ptx::wgmma_wait<1>();
         ptx::settle(weights[0]);
-        if (!inside) hide_outside(weights, seen_by, at);
-        plain_weights(weights, p.scale * kLog2E, stats);
+        if (!inside) {
+          hide_outside(weights, seen_by, at);
+          fill_behind(weights, at.row, seqlen_k, -INFINITY);
+        }
+        plain_weights(weights, p.scale * kLog2E, lane_stats);
         ptx::wgmma_wait<0>();
         ptx::settle(dweights[0]);
-        plain_gradients(weights, dweights, stats);
+        plain_gradients(weights, dweights, lane_stats + kBlockQ);
       } else {
         ptx::wgmma_wait<0>();
         ptx::settle(weights[0]);
         ptx::settle(dweights[0]);
+        const auto stats = [&](int n, int, int e) {
+          return make_float2(lane_stats[8 * n + e], lane_stats[kBlockQ + 8 * n + e]);
+        };
         apply_in_parts(gradients, weights, dweights, seen_by, inside, at, stats);
+        if (!inside) {
+          fill_behind(weights, at.row, seqlen_k, 0.0f);
+          fill_behind(dweights, at.row, seqlen_k, 0.0f);
+        }
       }
       __syncwarp();
       shared.stats_ring.release();
-      if (!inside) {  // rows behind the last key
-        for_each_element(weights, [&](float& weight, int m, int n, int half, int e) {
-          if (at.row + 8 * half >= seqlen_k) weight = dweights[m][n][2 * half + e] = 0.0f;
-        });
-      }
       uint32_t packed[kN / 2][4], dpacked[kN / 2][4];
       pack_weights<T>(packed, weights);
       pack_weights<T>(dpacked, dweights);
