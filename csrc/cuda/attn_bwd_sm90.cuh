@@ -16,261 +16,11 @@
 #pragma once
 
 #include "attn_bwd.cuh"
+#include "bwd_keys_sm90.cuh"
+#include "bwd_steps_sm90.cuh"
 #include "products_sm90.cuh"
-#include "ring.cuh"
-#include "tensor_map.h"
-#include "tiles_sm90.cuh"
 
 namespace fastattn::cuda {
-
-struct AttnBwdSm90Launch {
-  CUtensorMap q, k, v, dout, dq;  // dq: the sums
-  AttnBwdLaunch bwd;
-  uint32_t*
-      turns;  // null, or (B, H_q, blocks of queries, consumer): blocks of keys that have added
-};
-
-// kBlockK keys of a KV head, and the blocks of queries that see them.
-template <int kHeadDim>
-struct KeyTile {
-  static constexpr BwdTileSm90 kTile = bwd_tile_sm90(kHeadDim);
-
-  int batch, head;           // KV head
-  int n_block, first, keys;  // keys ≤ 0: the sequence ends before
-  int m_block_min, m_block_end;
-  Sequence sequence;
-  Window window;
-
-  FASTATTN_DEVICE KeyTile(const AttnFwdParams& p, const WorkOrder& order) {
-    const WorkOrder::Item work = order.item(blockIdx.x);
-    sequence = sequence_at(p, work.batch);
-    window = make_window(sequence.seqlen_q, sequence.seqlen_k, p.window_left, p.window_right);
-    batch = work.batch;
-    head = work.head;
-    n_block = work.m_block;
-    first = n_block * kTile.kBlockK;
-    keys = min(kTile.kBlockK, static_cast<int>(sequence.seqlen_k) - first);
-    const int seqlen_q = static_cast<int>(sequence.seqlen_q);
-    const KernelWindow seen_by = KernelWindow(window).transposed(seqlen_q);
-    const int begin = max(0, first + seen_by.first);
-    const int end = min(seqlen_q, first + keys - 1 + seen_by.end);
-    m_block_min = begin / kTile.block_q;
-    m_block_end = begin < end ? (end + kTile.block_q - 1) / kTile.block_q : m_block_min;
-  }
-
-  // Of the blocks of keys that see this block of queries, how many come before this one.
-  FASTATTN_DEVICE uint32_t turn(int m_block) const {
-    const int64_t begin = int64_t{m_block} * kTile.block_q;
-    const Range queries = intersect({begin, begin + kTile.block_q}, {0, sequence.seqlen_q});
-    const int64_t last = (keys_seen_by_any(window, queries).end - 1) / kTile.kBlockK;
-    return static_cast<uint32_t>(last - n_block);
-  }
-};
-
-template <int kHeadDim>
-struct BwdSharedSm90 {
-  static constexpr BwdTileSm90 kTile = bwd_tile_sm90(kHeadDim);
-  using KTile = PanelTile<kTile.kBlockK, kHeadDim>;
-  using QTile = PanelTile<kTile.block_q, kHeadDim>;
-  using DSTile = PanelTile<kTile.kBlockK, kTile.block_q>;  // dSᵀ
-  using DQTile = PanelTile<64, 128>;                       // 64 columns of fp32
-  static constexpr int kStages = BwdTileSm90::kStages;
-
-  unsigned char* bytes;
-  Ring<1> k_ring;  // K and V
-  Ring<kStages> q_ring, dout_ring, stats_ring;
-
-  FASTATTN_DEVICE explicit BwdSharedSm90(unsigned char* shared)
-      : bytes(shared),
-        k_ring(barriers(shared)),
-        q_ring(barriers(shared) + Ring<1>::kBarriers),
-        dout_ring(barriers(shared) + Ring<1>::kBarriers + Ring<kStages>::kBarriers),
-        stats_ring(barriers(shared) + Ring<1>::kBarriers + 2 * Ring<kStages>::kBarriers) {}
-
-  FASTATTN_DEVICE KTile k() const { return {bytes}; }
-  FASTATTN_DEVICE KTile v() const { return {bytes + KTile::kBytes}; }
-  // Those whose turn it is.
-  FASTATTN_DEVICE QTile q() const { return {bytes + kQ + q_ring.stage() * QTile::kBytes}; }
-  FASTATTN_DEVICE QTile dout() const {
-    return {bytes + kQ + (kStages + dout_ring.stage()) * QTile::kBytes};
-  }
-  // Written by one block of queries while products of the one before may still read the other.
-  FASTATTN_DEVICE DSTile ds(int buffer) const { return {bytes + kDS + buffer * DSTile::kBytes}; }
-  // lse of block_q queries, then their delta.
-  FASTATTN_DEVICE float* stats() const {
-    return reinterpret_cast<float*>(bytes + kStats) + stats_ring.stage() * 2 * kTile.block_q;
-  }
-  FASTATTN_DEVICE DQTile dq(int consumer) const {
-    return {bytes + kDQ + consumer * DQTile::kBytes};
-  }
-
- private:
-  static constexpr int kQ = 2 * KTile::kBytes, kDS = kQ + 2 * kStages * QTile::kBytes;
-  static constexpr int kDQ = kDS + 2 * DSTile::kBytes, kStats = kDQ + 2 * DQTile::kBytes;
-  static constexpr int kBarriers = kStats + kStages * 2 * kTile.block_q * 4;
-  static_assert(kTile.shared_bytes() == kBarriers + 8 * kTile.barriers());
-
-  FASTATTN_DEVICE static uint64_t* barriers(unsigned char* shared) {
-    return reinterpret_cast<uint64_t*>(shared + kBarriers);
-  }
-};
-
-template <int kHeadDim>
-FASTATTN_DEVICE void produce_queries(const AttnBwdSm90Launch& launch, const KeyTile<kHeadDim>& tile,
-                                     BwdSharedSm90<kHeadDim> shared) {
-  using Shared = BwdSharedSm90<kHeadDim>;
-  const AttnFwdParams& p = launch.bwd.params.fwd;
-  const int batch = p.cu_seqlens_q ? 0 : tile.batch;
-  const int k_row = static_cast<int>(tile.sequence.k_row) + tile.first;
-  const int q_row = static_cast<int>(tile.sequence.q_row);
-  uint64_t* keys_there = shared.k_ring.acquire(2 * Shared::KTile::kBytes);
-  shared.k().load(launch.k, keys_there, k_row, tile.head, batch);
-  shared.v().load(launch.v, keys_there, k_row, tile.head, batch);
-  const int group_size = launch.bwd.order.group_size;
-#pragma unroll 1
-  for (int head = tile.head * group_size; head < (tile.head + 1) * group_size; head++) {
-#pragma unroll 1
-    for (int m_block = tile.m_block_min; m_block < tile.m_block_end; m_block++) {
-      const int row = q_row + m_block * Shared::kTile.block_q;
-      shared.q().load(launch.q, shared.q_ring.acquire(Shared::QTile::kBytes), row, head, batch);
-      shared.q_ring.advance();
-      shared.dout().load(launch.dout, shared.dout_ring.acquire(Shared::QTile::kBytes), row, head,
-                         batch);
-      shared.dout_ring.advance();
-    }
-  }
-}
-
-// The same for lse and delta, by a warp: a query that is not there has P = 0 by an lse of +inf.
-template <int kHeadDim>
-FASTATTN_DEVICE void produce_stats(const AttnBwdSm90Launch& launch, const KeyTile<kHeadDim>& tile,
-                                   BwdSharedSm90<kHeadDim> shared) {
-  constexpr int kBlockQ = bwd_tile_sm90(kHeadDim).block_q;
-  const AttnFwdParams& p = launch.bwd.params.fwd;
-  const int group_size = launch.bwd.order.group_size;
-  const int seqlen_q = static_cast<int>(tile.sequence.seqlen_q);
-#pragma unroll 1
-  for (int head = tile.head * group_size; head < (tile.head + 1) * group_size; head++) {
-    const int64_t head_row = (int64_t{tile.batch} * p.heads_q + head) * p.seqlen_q;
-#pragma unroll 1
-    for (int m_block = tile.m_block_min; m_block < tile.m_block_end; m_block++) {
-      shared.stats_ring.wait_free();
-      float* stats = shared.stats();
-#pragma unroll
-      for (int i = threadIdx.x % 32; i < kBlockQ; i += 32) {
-        const float2 lse_delta = stats_at(launch.bwd.lse + head_row, launch.bwd.delta + head_row,
-                                          m_block * kBlockQ + i, seqlen_q);
-        stats[i] = lse_delta.x;
-        stats[kBlockQ + i] = lse_delta.y;
-      }
-      shared.stats_ring.publish();
-    }
-  }
-}
-
-// Named barriers: of both consumers, and one each.
-constexpr int kBothConsumers = 1, kOneConsumer = 2;
-
-// Rows [count, …) become zeros: of a packed tensor they are the next sequence's, and its NaN must
-// not meet our zeros. By all consumers, who meet behind it.
-template <class Tile>
-FASTATTN_DEVICE void clear_rows(const Tile& tile, int count) {
-  constexpr int kChunks = Tile::kPanels * Tile::kGroup, kThreads = BwdTileSm90::kConsumerThreads;
-#pragma unroll 1
-  for (int i = max(count, 0) * kChunks + threadIdx.x; i < Tile::kRows * kChunks; i += kThreads) {
-    *reinterpret_cast<uint4*>(tile.chunk(i / kChunks, i % kChunks)) = make_uint4(0, 0, 0, 0);
-  }
-}
-FASTATTN_DEVICE void meet_consumers() {
-  ptx::fence_proxy_async();
-  ptx::bar_sync(kBothConsumers, BwdTileSm90::kConsumerThreads);
-}
-
-// Rows from `end` on, of which `row` is this thread's first: keys that are not there have zeros for
-// K, but what scores they get must not overflow.
-template <int kN>
-FASTATTN_DEVICE void fill_behind(float (&scores)[1][kN][4], int row, int end, float value) {
-  for_each_element(scores, [&](float& s, int, int, int half, int) {
-    if (row + 8 * half >= end) s = value;
-  });
-}
-
-// Pᵀ and dSᵀ before scale, of scores that are plain: from raw products and dPᵀ, with lse and delta
-// from this thread's first column on.
-template <int kN>
-FASTATTN_DEVICE void plain_weights(float (&weights)[1][kN][4], float scale_log2, const float* lse) {
-#pragma unroll
-  for (int n = 0; n < kN; n++) {
-    const float2 columns = *reinterpret_cast<const float2*>(lse + 8 * n);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float* weight = &weights[0][n][2 * half];
-      weight[0] = ptx::ex2(weight[0] * scale_log2 - columns.x * kLog2E);
-      weight[1] = ptx::ex2(weight[1] * scale_log2 - columns.y * kLog2E);
-    }
-  }
-}
-// A weight of 0 keeps NaN behind.
-template <int kN>
-FASTATTN_DEVICE void plain_gradients(const float (&weights)[1][kN][4], float (&dweights)[1][kN][4],
-                                     const float* delta) {
-#pragma unroll
-  for (int n = 0; n < kN; n++) {
-    const float2 columns = *reinterpret_cast<const float2*>(delta + 8 * n);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const float* weight = &weights[0][n][2 * half];
-      float* dweight = &dweights[0][n][2 * half];
-      dweight[0] = weight[0] == 0.0f ? 0.0f : weight[0] * (dweight[0] - columns.x);
-      dweight[1] = weight[1] == 0.0f ? 0.0f : weight[1] * (dweight[1] - columns.y);
-    }
-  }
-}
-
-// Those of any scores, 8 queries at a time: what they need between takes registers.
-template <class Gradients, int kN, class Stats>
-FASTATTN_DEVICE void apply_in_parts(const Gradients& gradients, float (&weights)[1][kN][4],
-                                    float (&dweights)[1][kN][4], const KernelWindow& window,
-                                    bool inside, Position at, const Stats& stats) {
-#pragma unroll
-  for (int n = 0; n < kN; n++) {
-    float part[1][1][4], dpart[1][1][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      part[0][0][i] = weights[0][n][i];
-      dpart[0][0][i] = dweights[0][n][i];
-    }
-    gradients.apply(part, dpart, window, inside, {at.row, at.column + 8 * n},
-                    [&](int, int half, int e) { return stats(n, half, e); });
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      weights[0][n][i] = part[0][0][i];
-      dweights[0][n][i] = dpart[0][0][i];
-    }
-  }
-}
-
-// 64 × 64 of dQ on its way to the sums, by one consumer. `add` is called by one of its threads.
-template <class DQTile, class Add>
-FASTATTN_DEVICE void add_dq(const float (&dq)[1][8][4], const DQTile& sDQ, int consumer,
-                            const Add& add) {
-  const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
-  if (thread == 0) ptx::bulk_wait_read<0>();  // the ones before have left
-  ptx::bar_sync(kOneConsumer + consumer, kWarpgroupThreads);
-#pragma unroll
-  for (int n = 0; n < 8; n++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      unsigned char* chunk =
-          sDQ.chunk(thread / 32 * 16 + lane / 4 + 8 * half, 2 * n + lane % 4 / 2);
-      *(reinterpret_cast<float2*>(chunk) + lane % 2) =
-          make_float2(dq[0][n][2 * half], dq[0][n][2 * half + 1]);
-    }
-  }
-  ptx::fence_proxy_async();
-  ptx::bar_sync(kOneConsumer + consumer, kWarpgroupThreads);
-  if (thread == 0) add();
-}
 
 template <class T, int kHeadDim, Scores kScores>
 FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyTile<kHeadDim>& tile,
@@ -284,8 +34,7 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
   const int consumer = threadIdx.x / kWarpgroupThreads, consumer_row = kWarpgroupRows * consumer;
   const int warp_row = threadIdx.x / 32 * 16, first_key = tile.first + consumer_row;
   const KernelWindow seen_by = KernelWindow(tile.window).transposed(seqlen_q);
-  // The part of dQ: 64 queries, or 64 columns.
-  const int dq_rows = kBlockQ == 128 ? consumer : 0, dq_columns = kBlockQ == 128 ? 0 : consumer;
+  const DQPart part = dq_part(kBlockQ, consumer);
   const int group_size = launch.bwd.order.group_size;
 
   float dk[1][kD][4], dv[1][kD][4];
@@ -352,45 +101,19 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
 
       const auto sDS = shared.ds(buffer);
       buffer ^= 1;
-#pragma unroll
-      for (int n = 0; n < kN; n++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          unsigned char* chunk = sDS.chunk(warp_row + threadIdx.x % 32 / 4 + 8 * half, n);
-          reinterpret_cast<uint32_t*>(chunk)[threadIdx.x % 4] = dpacked[n / 2][n % 2 * 2 + half];
-        }
-      }
+      store_ds(dpacked, sDS, warp_row);
       meet_consumers();  // dSᵀ is there, and nobody reads the other buffer any more
       float dq[1][8][4];
       ptx::wgmma_fence();
-      issue_columns<T>(dq, sDS, dq_rows, shared.k(), dq_columns);
+      issue_columns<T>(dq, sDS, part.rows, shared.k(), part.columns);
       issue_add<T>(dv, packed, shared.dout());
       issue_add<T>(dk, dpacked, shared.q());
       ptx::wgmma_wait<2>();
       ptx::settle(dq[0]);
-      add_dq(dq, shared.dq(consumer), consumer, [&] {
-        uint32_t* turns = launch.turns;
-        if (turns) {
-          const int m_blocks = static_cast<int>(ceil_div(p.seqlen_q, kBlockQ));
-          turns += ((int64_t{tile.batch} * p.heads_q + head) * m_blocks + m_block) * 2 + consumer;
-          const uint32_t mine = tile.turn(m_block);
-          while (*static_cast<volatile uint32_t*>(turns) != mine) __nanosleep(64);
-          __threadfence();
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          ptx::tma_reduce_add(&launch.dq, shared.dq(consumer).bytes + i * 64 * 128,
-                              64 * dq_columns + 32 * i,
-                              static_cast<int>(s.q_row) + query + 64 * dq_rows, head,
-                              p.cu_seqlens_q ? 0 : tile.batch);
-        }
-        ptx::bulk_commit();
-        if (turns) {
-          ptx::bulk_wait<0>();  // in global memory, not only out of shared memory
-          __threadfence();
-          atomicAdd(turns, 1u);
-        }
-      });
+      stage_dq(dq, shared.dq(consumer), consumer);
+      if (threadIdx.x % kWarpgroupThreads == 0) {
+        add_dq(launch, tile, head, m_block, consumer, shared.dq(consumer).bytes);
+      }
       ptx::wgmma_wait<0>();
       ptx::settle(dk[0]);
       ptx::settle(dv[0]);

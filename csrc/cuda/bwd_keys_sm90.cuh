@@ -1,0 +1,158 @@
+// What a block of threads of Hopper's backward owns and is brought: its keys, its shared memory,
+// and the queries that its producer warpgroup copies.
+#pragma once
+
+#include "attn_bwd.cuh"
+#include "panel_tile.cuh"
+#include "ring.cuh"
+#include "tensor_map.h"
+#include "tiles_sm90.cuh"
+
+namespace fastattn::cuda {
+
+struct AttnBwdSm90Launch {
+  CUtensorMap q, k, v, dout, dq;  // dq: the sums
+  AttnBwdLaunch bwd;
+  uint32_t*
+      turns;  // null, or (B, H_q, blocks of queries, consumer): blocks of keys that have added
+};
+
+// kBlockK keys of a KV head, and the blocks of queries that see them.
+template <int kHeadDim>
+struct KeyTile {
+  static constexpr BwdTileSm90 kTile = bwd_tile_sm90(kHeadDim);
+
+  int batch, head;           // KV head
+  int n_block, first, keys;  // keys ≤ 0: the sequence ends before
+  int m_block_min, m_block_end;
+  Sequence sequence;
+  Window window;
+
+  FASTATTN_DEVICE KeyTile(const AttnFwdParams& p, const WorkOrder& order) {
+    const WorkOrder::Item work = order.item(blockIdx.x);
+    sequence = sequence_at(p, work.batch);
+    window = make_window(sequence.seqlen_q, sequence.seqlen_k, p.window_left, p.window_right);
+    batch = work.batch;
+    head = work.head;
+    n_block = work.m_block;
+    first = n_block * kTile.kBlockK;
+    keys = min(kTile.kBlockK, static_cast<int>(sequence.seqlen_k) - first);
+    const int seqlen_q = static_cast<int>(sequence.seqlen_q);
+    const KernelWindow seen_by = KernelWindow(window).transposed(seqlen_q);
+    const int begin = max(0, first + seen_by.first);
+    const int end = min(seqlen_q, first + keys - 1 + seen_by.end);
+    m_block_min = begin / kTile.block_q;
+    m_block_end = begin < end ? (end + kTile.block_q - 1) / kTile.block_q : m_block_min;
+  }
+
+  // Of the blocks of keys that see this block of queries, how many come before this one.
+  FASTATTN_DEVICE uint32_t turn(int m_block) const {
+    const int64_t begin = int64_t{m_block} * kTile.block_q;
+    const Range queries = intersect({begin, begin + kTile.block_q}, {0, sequence.seqlen_q});
+    const int64_t last = (keys_seen_by_any(window, queries).end - 1) / kTile.kBlockK;
+    return static_cast<uint32_t>(last - n_block);
+  }
+};
+
+template <int kHeadDim>
+struct BwdSharedSm90 {
+  static constexpr BwdTileSm90 kTile = bwd_tile_sm90(kHeadDim);
+  using KTile = PanelTile<kTile.kBlockK, kHeadDim>;
+  using QTile = PanelTile<kTile.block_q, kHeadDim>;
+  using DSTile = PanelTile<kTile.kBlockK, kTile.block_q>;  // dSᵀ
+  using DQTile = PanelTile<64, 128>;                       // 64 columns of fp32
+  static constexpr int kStages = BwdTileSm90::kStages;
+
+  unsigned char* bytes;
+  Ring<1> k_ring;  // K and V
+  Ring<kStages> q_ring, dout_ring, stats_ring;
+
+  FASTATTN_DEVICE explicit BwdSharedSm90(unsigned char* shared)
+      : bytes(shared),
+        k_ring(barriers(shared)),
+        q_ring(barriers(shared) + Ring<1>::kBarriers),
+        dout_ring(barriers(shared) + Ring<1>::kBarriers + Ring<kStages>::kBarriers),
+        stats_ring(barriers(shared) + Ring<1>::kBarriers + 2 * Ring<kStages>::kBarriers) {}
+
+  FASTATTN_DEVICE KTile k() const { return {bytes}; }
+  FASTATTN_DEVICE KTile v() const { return {bytes + KTile::kBytes}; }
+  // Those whose turn it is.
+  FASTATTN_DEVICE QTile q() const { return {bytes + kQ + q_ring.stage() * QTile::kBytes}; }
+  FASTATTN_DEVICE QTile dout() const {
+    return {bytes + kQ + (kStages + dout_ring.stage()) * QTile::kBytes};
+  }
+  // Written by one block of queries while products of the one before may still read the other.
+  FASTATTN_DEVICE DSTile ds(int buffer) const { return {bytes + kDS + buffer * DSTile::kBytes}; }
+  // lse of block_q queries, then their delta.
+  FASTATTN_DEVICE float* stats() const {
+    return reinterpret_cast<float*>(bytes + kStats) + stats_ring.stage() * 2 * kTile.block_q;
+  }
+  FASTATTN_DEVICE DQTile dq(int consumer) const {
+    return {bytes + kDQ + consumer * DQTile::kBytes};
+  }
+
+ private:
+  static constexpr int kQ = 2 * KTile::kBytes, kDS = kQ + 2 * kStages * QTile::kBytes;
+  static constexpr int kDQ = kDS + 2 * DSTile::kBytes, kStats = kDQ + 2 * DQTile::kBytes;
+  static constexpr int kBarriers = kStats + kStages * 2 * kTile.block_q * 4;
+  static_assert(kTile.shared_bytes() == kBarriers + 8 * kTile.barriers());
+
+  FASTATTN_DEVICE static uint64_t* barriers(unsigned char* shared) {
+    return reinterpret_cast<uint64_t*>(shared + kBarriers);
+  }
+};
+
+template <int kHeadDim>
+FASTATTN_DEVICE void produce_queries(const AttnBwdSm90Launch& launch, const KeyTile<kHeadDim>& tile,
+                                     BwdSharedSm90<kHeadDim> shared) {
+  using Shared = BwdSharedSm90<kHeadDim>;
+  const AttnFwdParams& p = launch.bwd.params.fwd;
+  const int batch = p.cu_seqlens_q ? 0 : tile.batch;
+  const int k_row = static_cast<int>(tile.sequence.k_row) + tile.first;
+  const int q_row = static_cast<int>(tile.sequence.q_row);
+  uint64_t* keys_there = shared.k_ring.acquire(2 * Shared::KTile::kBytes);
+  shared.k().load(launch.k, keys_there, k_row, tile.head, batch);
+  shared.v().load(launch.v, keys_there, k_row, tile.head, batch);
+  const int group_size = launch.bwd.order.group_size;
+#pragma unroll 1
+  for (int head = tile.head * group_size; head < (tile.head + 1) * group_size; head++) {
+#pragma unroll 1
+    for (int m_block = tile.m_block_min; m_block < tile.m_block_end; m_block++) {
+      const int row = q_row + m_block * Shared::kTile.block_q;
+      shared.q().load(launch.q, shared.q_ring.acquire(Shared::QTile::kBytes), row, head, batch);
+      shared.q_ring.advance();
+      shared.dout().load(launch.dout, shared.dout_ring.acquire(Shared::QTile::kBytes), row, head,
+                         batch);
+      shared.dout_ring.advance();
+    }
+  }
+}
+
+// The same for lse and delta, by a warp: a query that is not there has P = 0 by an lse of +inf.
+template <int kHeadDim>
+FASTATTN_DEVICE void produce_stats(const AttnBwdSm90Launch& launch, const KeyTile<kHeadDim>& tile,
+                                   BwdSharedSm90<kHeadDim> shared) {
+  constexpr int kBlockQ = bwd_tile_sm90(kHeadDim).block_q;
+  const AttnFwdParams& p = launch.bwd.params.fwd;
+  const int group_size = launch.bwd.order.group_size;
+  const int seqlen_q = static_cast<int>(tile.sequence.seqlen_q);
+#pragma unroll 1
+  for (int head = tile.head * group_size; head < (tile.head + 1) * group_size; head++) {
+    const int64_t head_row = (int64_t{tile.batch} * p.heads_q + head) * p.seqlen_q;
+#pragma unroll 1
+    for (int m_block = tile.m_block_min; m_block < tile.m_block_end; m_block++) {
+      shared.stats_ring.wait_free();
+      float* stats = shared.stats();
+#pragma unroll
+      for (int i = threadIdx.x % 32; i < kBlockQ; i += 32) {
+        const float2 lse_delta = stats_at(launch.bwd.lse + head_row, launch.bwd.delta + head_row,
+                                          m_block * kBlockQ + i, seqlen_q);
+        stats[i] = lse_delta.x;
+        stats[kBlockQ + i] = lse_delta.y;
+      }
+      shared.stats_ring.publish();
+    }
+  }
+}
+
+}  // namespace fastattn::cuda
