@@ -134,36 +134,40 @@ class Run:
             "bound": None,
             "peers": {},
         }
-        if any(peer.compiles for peer in self.plan.peers):
-            torch.compiler.reset()  # or the cases before would count against the recompile limit
-        inputs = case.inputs(self.plan.device.torch_device)
-        exact = case.exact(inputs)
-        calls: Taken = {}
-        for peer in self.plan.peers:
-            if case.suite not in peer.suites:
-                continue
-            reason = self.left_out(peer, case) or peer.refuses(case, self.plan.device.torch_device)
-            result["peers"][peer.name] = (
-                self.try_out(peer, case, inputs, exact, calls)
-                if reason is None
-                else {"refused": reason}
-            )
+        peers = [peer for peer in self.plan.peers if case.suite in peer.suites]
         self.note(case, "")
-        if calls and (reason := self.lost(case, "")) is None:
-            timings = interleave(
-                self.plan.device,
-                calls,
-                self.plan.seconds,
-                cold=case.cold,
-                min_rounds=QUICK_ROUNDS if self.plan.quick else MIN_ROUNDS,
-            )
-            for name, t in timings.items():
-                result["peers"][name]["seconds"] = asdict(t)
-        elif calls:
-            result["peers"] |= {name: {"refused": reason} for name in calls}
-        calls.clear()
+        if (reason := self.lost(case, "")) is None:
+            try:
+                result["peers"] = self.run_peers(case, peers)
+            except supervise.DeviceLostError:
+                raise
+            except Exception as error:  # such as no memory for the exact result
+                reason = reason_of(error)
+        if reason is not None:
+            result["peers"] = {p.name: {"refused": f"the case failed: {reason}"} for p in peers}
         self.tidy()
         return result
+
+    def run_peers(self, case: Case, peers: list[Peer]) -> dict[str, dict]:
+        if any(peer.compiles for peer in peers):
+            torch.compiler.reset()  # or the cases before would count against the recompile limit
+        on, taken, entries = self.plan.device.torch_device, Taken(), {}
+        inputs = case.inputs(on)
+        exact = case.exact(inputs)
+        for peer in peers:
+            reason = self.left_out(peer, case) or peer.refuses(case, on)
+            if reason is None:
+                entries[peer.name] = self.try_out(peer, case, inputs, exact, taken)
+            else:
+                entries[peer.name] = {"refused": reason}
+        self.note(case, "")
+        rounds = QUICK_ROUNDS if self.plan.quick else MIN_ROUNDS
+        seconds, cold = self.plan.seconds, case.cold
+        if taken:
+            timings = interleave(self.plan.device, taken, seconds, cold=cold, min_rounds=rounds)
+            for name, t in timings.items():
+                entries[name]["seconds"] = asdict(t)
+        return entries
 
     def note(self, case: Case, peer: str) -> None:
         if self.plan.supervised:

@@ -83,7 +83,8 @@ def cpu_cases() -> Iterator[Case]:
     train = {"suite": "train-step", "dtype": FP32, "rank": 0}
     yield TrainStep(**train, label="nanoGPT's laptop", model=laptop, batch=12, quick=True)
     yield TrainStep(**train, label="GPT-2 124M", model=GPTConfig(), batch=1)
-    yield from package_cases()
+    yield Package(suite="import-and-build", what="import", rank=3, quick=True)
+    yield Package(suite="import-and-build", what="install", rank=3)
 
 
 def varlen_cases(dtype: torch.dtype, lengths: tuple[int, ...], heads: int) -> Iterator[Case]:
@@ -114,11 +115,6 @@ def feature_cases(
         for extra in EXTRAS:
             causal = extra not in ("mask", "bias")  # torch takes a mask or causal, not both
             yield Attention(**plain | {"causal": causal}, passes=each, extra=extra)
-
-
-def package_cases() -> Iterator[Case]:
-    yield Package(suite="import-and-build", what="import", rank=3, quick=True)
-    yield Package(suite="import-and-build", what="install", rank=3)
 
 
 # ---- CUDA --------------------------------------------------------------------------------------
@@ -188,7 +184,7 @@ def cuda_cases() -> Iterator[Case]:
     yield from varlen_cases(BF16, (4096, 512, 2048, 96, 1024, 333, 7000, 1275), heads=16)
     yield from feature_cases(BF16, seqlen=4096, heads=16, passes=("fwd", "bwd"), rank=2)
     yield from feature_cases(BF16, seqlen=1024, heads=16, passes=("fwd",), rank=4, quick=True)
-    yield from package_cases()
+    yield Package(suite="import-and-build", what="import", rank=3, quick=True)
 
 
 def cuda_rank(dtype: torch.dtype, D: int, S: int, causal: bool) -> int:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from benchmarks import ceilings, machine, results
+from benchmarks import ceilings, machine, results, supervise
 from benchmarks.case import Call, Case, Peer
 from benchmarks.device import Cpu
 from benchmarks.runner import Plan, Run, matching, reason_of
+from fastattn.files import read_json
 
 SUITE = frozenset({"decode"})
 
@@ -204,5 +205,27 @@ def test_a_run_goes_on_where_it_was_cut_without_what_was_lost(tmp_path):
     assert zero == first.document["results"][0] | {"bound": "compute"}
     assert one["peers"]["nearly"]["refused"] == "killed by signal 11"
     assert "seconds" in one["peers"]["torch"]
-    assert two["peers"]["torch"]["refused"] == "killed by signal 11"
-    assert two["peers"]["fails"]["refused"] == "no kernel"
+    assert two["peers"]["torch"]["refused"] == "the case failed: killed by signal 11"
+
+
+def test_a_case_that_fails_as_a_whole_is_told(tmp_path):
+    class Impossible(Double):
+        def exact(self, inputs):
+            raise torch.OutOfMemoryError("tried to allocate")
+
+    run = Run(plan(tmp_path, [Impossible(), Double(number=2)]))
+    assert run()
+    first, second = run.document["results"]
+    assert first["peers"]["torch"]["refused"] == "the case failed: out of memory"
+    assert "seconds" in second["peers"]["torch"]
+
+
+def test_a_lost_device_ends_the_run(tmp_path, monkeypatch):
+    def lost(self):
+        raise supervise.DeviceLostError("unspecified launch failure")
+
+    monkeypatch.setattr(Run, "tidy", lost)
+    run = Run(plan(tmp_path, [Double()], supervised=True))
+    with pytest.raises(supervise.DeviceLostError):
+        run()
+    assert read_json(supervise.note_path(run.plan.out))["peer"] == "wrong"
