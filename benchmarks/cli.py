@@ -46,7 +46,14 @@ def parser() -> argparse.ArgumentParser:
         "commands: `fastattn bench report --help`.",
     )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    p.add_argument("--suite", nargs="+", choices=SUITES, default=(), help="only these")
+    p.add_argument(
+        "--suite",
+        nargs="+",
+        choices=SUITES,
+        default=(),
+        metavar="NAME",
+        help=f"only these: {', '.join(SUITES)}",
+    )
     p.add_argument("--shape", default="", help="only cases whose names have all these words")
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=(), help="only these")
     p.add_argument("--backend", nargs="+", default=(), help="only these of fastattn's backends")

@@ -44,8 +44,9 @@ CUDA = {
         "beside them is hidden."
     ),
     "attention-bwd": (
-        "Bound by the tensor cores. The floor counts five products; ours makes seven, S and dP "
-        "twice, so that no two blocks add to one gradient: at most 71 % of it."
+        "Bound by the tensor cores. The floor counts five products. Hopper's kernels make five and "
+        "sum dQ in global memory; the others make seven, S and dP twice, so that no two blocks add "
+        "to one gradient: at most 71 % of the floor."
     ),
     "decode": "Bound by reading keys and values once, and by launch latency at small batches.",
     "varlen": "As dense attention; short sequences leave tiles partly empty.",
