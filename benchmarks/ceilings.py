@@ -75,6 +75,11 @@ class Ceilings:
             (flops / self.flops(result["dtype"]), "compute"), (moved / self.memory, "memory")
         )
 
+    def resume(self, found: dict) -> None:
+        """Begin with what an earlier part of the run has measured."""
+        self.gemm = dict(found["gemm_flops"])
+        self.fma, self.memory = found["fma_flops"], found["memory_bytes"]
+
     def document(self) -> dict:
         return {"gemm_flops": self.gemm, "fma_flops": self.fma, "memory_bytes": self.memory}
 

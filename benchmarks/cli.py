@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import compare, machine, report, results, supervise
+from . import compare, machine, plots, report, results, supervise
 from .ceilings import pin_threads
 from .device import find
 from .runner import Plan, Run, matching
@@ -118,7 +118,7 @@ def run(argv: list[str]) -> int:
     order = sorted(bench.document["results"], key=lambda r: SUITES.index(r["suite"]))
     show.summary(order)
     print(f"Ceilings: {report.ceilings(bench.document)}")
-    pictures = report.draw(bench.document, out)
+    pictures = plots.draw(bench.document, out)
     print(f"wrote {out} and {len(pictures)} pictures beside it")
     if not complete:
         left = len(chosen) - len(order)

@@ -14,7 +14,11 @@ from pathlib import Path
 
 from . import machine, results
 from .case import short
+from .ceilings import pin_threads
+from .device import Cpu
 from .results import Document
+from .runner import Plan, Run, key_of
+from .suites import cases, peers
 
 TOLERANCE = 0.25  # a ratio this much lower than the committed one fails
 CHECKED = ("attention-fwd", "attention-bwd", "decode", "cross-entropy", "linear-cross-entropy")
@@ -65,11 +69,6 @@ def check_main(argv: list[str]) -> int:
     p.add_argument("--tolerance", type=float, default=TOLERANCE, help="default %(default)s")
     p.add_argument("--against", type=Path, default=results.RESULTS, help="the committed results")
     args = p.parse_args(argv)
-    from .ceilings import pin_threads
-    from .device import Cpu
-    from .runner import Plan, Run, key_of
-    from .suites import cases, peers
-
     pin_threads(None)
     device = Cpu()
     kind = machine.describe(device.torch_device)["kind"]

@@ -67,9 +67,6 @@ def save(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-draw = plots.draw
-
-
 # ---- words ---------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,6 @@ SLOW = 4.0  # a call longer than this many times the seconds of a case is not re
 
 Exact = dict[str, Tensor]
 Taken = dict[str, Call]  # by the peer's name
-Show = Callable[[dict], None]
 
 
 @dataclass
@@ -55,23 +54,29 @@ class Run:
         self.ceilings = Ceilings(plan.device)
         self._measured, self._written = -float("inf"), now()
         self._took: list[float] = []  # seconds of each case so far
-        on = plan.device.torch_device
+        here = machine.describe(plan.device.torch_device)
         if plan.resume and plan.out.exists():
-            self.document = results.read(plan.out)
-            self.document["complete"] = False
+            self.document = results.read(plan.out) | {"complete": False}
+            if (kind := self.document["machine"]["kind"]) != here["kind"]:
+                raise ValueError(f"{plan.out} is of another machine: {kind}, not {here['kind']}")
+            self.ceilings.resume(self.document["ceilings"])
             return
         self.document = {
             "version": results.VERSION,
             "complete": False,
             "seconds": 0.0,
             "options": plan.options,
-            "machine": machine.describe(on),
+            "machine": here,
             "ceilings": self.ceilings.document(),
             "clocks": [],
             "results": [],
         }
 
-    def __call__(self, begin: Show = lambda case: None, done: Show = lambda result: None) -> bool:
+    def __call__(
+        self,
+        begin: Callable[[Case], None] = lambda case: None,
+        done: Callable[[dict], None] = lambda result: None,
+    ) -> bool:
         """Runs the cases; True if all of them were. `begin` gets each case, `done` its result."""
         complete, have = True, {results.key(r) for r in self.document["results"]}
         for case in sorted(self.plan.cases, key=lambda case: case.rank):
@@ -81,7 +86,7 @@ class Run:
                 complete = False
                 break
             start = self._now()
-            begin(case)  # type: ignore[arg-type]
+            begin(case)
             self.measure_ceilings()
             self.write()
             self.document["results"].append(self.run(case))

@@ -199,13 +199,25 @@ def test_a_run_goes_on_where_it_was_cut_without_what_was_lost(tmp_path):
         lost | {"case": "N2", "peer": ""},
     ]
     results.write(first.plan.out, document)
+    document["ceilings"]["memory_bytes"] = 5e9
+    results.write(first.plan.out, document)
     run = Run(plan(tmp_path, cases, resume=True, supervised=True))
+    assert run.ceilings.document() == document["ceilings"]
     assert run()
     zero, one, two = results.read(first.plan.out)["results"]
     assert zero == first.document["results"][0] | {"bound": "compute"}
     assert one["peers"]["nearly"]["refused"] == "killed by signal 11"
     assert "seconds" in one["peers"]["torch"]
     assert two["peers"]["torch"]["refused"] == "the case failed: killed by signal 11"
+
+
+def test_a_file_of_another_machine_is_not_gone_on_with(tmp_path):
+    first = Run(plan(tmp_path, [Double()]))
+    first()
+    first.document["machine"]["kind"] = "another"
+    first.write()
+    with pytest.raises(ValueError, match="is of another machine: another, not"):
+        Run(plan(tmp_path, [Double()], resume=True))
 
 
 def test_a_case_that_fails_as_a_whole_is_told(tmp_path):
