@@ -23,6 +23,7 @@ from fastattn import backends, library
 # The architectures that kernels are chosen by. Those of decoding and the losses are the same for
 # all of them but for how much shared memory there is.
 EMULATED = (80, 75)
+HOPPER = 90  # its own kernels have tests of their own; here it is slow
 FOR_GPUS = ("cuda", "triton")
 
 if not torch.cuda.is_available():  # Triton reads it once, when it is imported
@@ -58,7 +59,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = [row.name for row in backends.TABLE if usable(row)]
         emulated_too = metafunc.definition.get_closest_marker("emulated") is not None
         if emulated_too and "threads" not in metafunc.fixturenames:  # threads are the CPU's
-            names += [f"cuda-sm{arch}" for arch in EMULATED]
+            names += [f"cuda-sm{arch}" for arch in (*EMULATED, HOPPER)]
         elif "triton" in names and device_for("triton") == "cpu":
             names.remove("triton")
         if wanted := metafunc.config.getoption("--backend"):
@@ -77,7 +78,8 @@ def usable(row: backends.Backend) -> bool:
 def marks_of(backend: str) -> list[pytest.MarkDecorator]:
     if device_for(backend) == "cuda":
         return [pytest.mark.gpu]
-    return [pytest.mark.slow] if backend in {f"cuda-sm{arch}" for arch in EMULATED[1:]} else []
+    slow = {f"cuda-sm{arch}" for arch in (*EMULATED[1:], HOPPER)}
+    return [pytest.mark.slow] if backend in slow else []
 
 
 @pytest.fixture
