@@ -97,6 +97,14 @@ def test_files_with_tests_of_backends_are_run() -> None:
     assert "test_tokenizer" not in names
 
 
+def test_the_package_needs_no_installation() -> None:
+    code = "import fastattn.kernels, fastattn.bundled, fastattn; print(fastattn.__file__)"
+    environment = {"PYTHONPATH": parts.python_path()}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
+    assert done.stdout.strip().endswith("build/gpu/packages/fastattn/__init__.py"), done.stderr
+
+
 # --- calibration ----------------------------------------------------------------------------------
 
 

@@ -38,6 +38,23 @@ TOOLS = {
 }
 
 
+def python_path() -> str:
+    """Of links that are the package as it would be installed, its subpackages of other folders too:
+    nothing needs to be installed where there is no network."""
+    package = BUILD / "packages" / "fastattn"
+    package.mkdir(parents=True, exist_ok=True)
+    inside = [file for file in (ROOT / "fastattn").iterdir() if file.name != "__pycache__"]
+    links = {file.name: file for file in inside} | {
+        "kernels": ROOT / "kernels",
+        "bundled": ROOT / "data",
+    }
+    links["_cuda.abi3.so"] = ROOT / "fastattn" / "_cuda.abi3.so"  # once it is built
+    for name, file in links.items():
+        (package / name).unlink(missing_ok=True)
+        (package / name).symlink_to(file)
+    return f"{package.parent}:{ROOT}:{ROOT / 'tests'}"
+
+
 class Gpu:
     """The GPU that torch calls cuda:0."""
 
@@ -49,7 +66,7 @@ class Gpu:
 
     def __init__(self, device: str, arch: int, nvcc: str) -> None:
         self.device, self.arch, self.nvcc = device, arch, nvcc
-        self.environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        self.environment = os.environ | {"PYTHONPATH": python_path()}
 
     @staticmethod
     def find() -> Gpu | str:
@@ -100,7 +117,7 @@ class Emulated:
     def __init__(self) -> None:
         self.case_options = ("--device", "cpu")
         self.environment = os.environ | {
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "PYTHONPATH": python_path(),
             "FASTATTN_EMULATE_ARCH": str(self.arch),
         }
 
@@ -122,10 +139,11 @@ Target = Gpu | Emulated
 
 
 def run(target: Target, command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """The command's output is stdout; TimeoutExpired when it takes longer."""
+    """The command's output is stdout; TimeoutExpired when it takes longer. Not from the repository's
+    root, which Python would look for packages in first."""
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=BUILD,
         env=target.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
