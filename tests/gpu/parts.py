@@ -139,8 +139,8 @@ Target = Gpu | Emulated
 
 
 def run(target: Target, command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """The command's output is stdout; TimeoutExpired when it takes longer. Not from the repository's
-    root, which Python would look for packages in first."""
+    """The command's output is stdout; TimeoutExpired when it takes longer. It does not run in the
+    repository's root, where Python would look for packages first."""
     return subprocess.run(
         command,
         cwd=BUILD,
