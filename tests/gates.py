@@ -50,6 +50,10 @@ BUDGET = {
 }
 
 
+# Bytes that may be spilled, by instance. On a T4 with head dims above 192, O, dQ or dK of 16 rows
+# are 128 registers of a thread, and smaller tiles of keys spill as much.
+EXCUSED = {r"Sm75, fp16>?, 256": 300}
+
 # Instructions of the loop over blocks in sm_90a's kernels, by head dim and scores: 0 is plain,
 # 1 rich. tests/pipe_cycles.py says what they mean.
 HOT_LOOP = {
@@ -166,11 +170,12 @@ def faults(kernel: Kernel, name: str, code: list[Instruction] | None) -> list[st
         found.append(f"{kernel.registers} registers, {budget.registers} at most")
     if kernel.shared > budget.shared:
         found.append(f"{kernel.shared} bytes of static shared memory, {budget.shared} at most")
-    if kernel.spills or kernel.stack:
+    excused = next((n for text, n in EXCUSED.items() if re.search(text, name)), 0)
+    if kernel.spills > excused or (kernel.stack and not excused):
         found.append(f"{kernel.spills} bytes spilled, {kernel.stack} bytes of stack")
     if code is not None:
         ops = counted(code)
-        if local := ops["LDL"] + ops["STL"]:
+        if (local := ops["LDL"] + ops["STL"]) and not excused:
             found.append(f"{local} accesses to local memory")
         arithmetic = "MultiplyAdd" in name
         if budget.tensor_cores and not arithmetic and not ops["HMMA"] + ops["HGMMA"]:
@@ -202,14 +207,12 @@ def loop_faults(name: str, code: list[Instruction]) -> list[str]:
     return [f"{loop.instructions} of {most} at most"] if loop.instructions > most else []
 
 
-def main() -> int:
-    if nvcc.find() is None:
-        print("gates: skipped, there is no nvcc in CUDA_HOME or on PATH")
-        return 0
+def check(logs: list[Path]) -> tuple[int, int]:
+    """Prints a row a kernel, and what is wrong with it: (kernels, how many of them failed)."""
     cuobjdump = find_tool("cuobjdump")
     count = failed = 0
     print(f"{'kernel':<64} {'arch':<8} {'regs':>4} {'smem':>6} {'HMMA':>5}")
-    for log in nvcc.build(None):
+    for log in logs:
         kernels = list(kernels_of(log))
         names = readable([kernel.symbol for kernel in kernels])
         sass = machine_code(cuobjdump, log.with_suffix("")) if cuobjdump and kernels else {}
@@ -230,6 +233,14 @@ def main() -> int:
     if cuobjdump is None:
         print("gates: no cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm),")
         print("       so the machine code itself was not looked at")
+    return count, failed
+
+
+def main() -> int:
+    if nvcc.find() is None:
+        print("gates: skipped, there is no nvcc in CUDA_HOME or on PATH")
+        return 0
+    count, failed = check(nvcc.build(None))
     print(f"gates: {count} kernels, {failed} failed")
     return 1 if failed else 0
 

@@ -164,7 +164,7 @@ static __global__ void __launch_bounds__(32)
 }
 
 template <class Math, int kHeadDim>
-__global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads)
+__global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
     attn_bwd_dq_kernel(const __grid_constant__ AttnBwdLaunch launch) {
   using T = typename Math::T;
   using Size = BwdTile<Math, kHeadDim>;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads)
 enum class Part { kBoth, kDK, kDV };
 
 template <class Math, int kHeadDim, Part kPart>
-__global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads)
+__global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
     attn_bwd_dkv_kernel(const __grid_constant__ AttnBwdLaunch launch) {
   using T = typename Math::T;
   using Size = BwdTile<Math, kHeadDim>;

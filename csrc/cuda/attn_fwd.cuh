@@ -104,34 +104,40 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
     }
   }
 
-  finish_rows(p, tile, warp_row, softmax, out);
+#if __CUDA_ARCH__ == 900  // where ptxas 13.0 would spill 24 bytes with the other line
+  const QueryTile& same = tile;
+#else  // found again, so that the loop keeps nothing of it in registers: on sm_120 it would spill
+  const QueryTile same(p, launch.order, kBlockM, kBlockN, ptx::anew(blockIdx.x));
+#endif
+  finish_rows(p, same, warp_row, softmax, out);
   const uint32_t spoiled = spoiled_rows(p, out);
-  T* out_rows = head_at<T>(p.out, p.out_stride, tile.batch, tile.q_row, tile.head);
-  store_out(out, sQ, warp_row, out_rows, p.out_stride.seq, tile.rows,
+  T* out_rows = head_at<T>(p.out, p.out_stride, same.batch, same.q_row, same.head);
+  store_out(out, sQ, warp_row, out_rows, p.out_stride.seq, same.rows,
             static_cast<int>(p.head_dim_v), launch.out_aligned);
   if (spoiled != 0) repair_rows<T, kBlockM>(launch, warp_row, spoiled);
 }
 
 template <class Arch, class T, int kHeadDim, Scores kScores>
-void launch_attn_fwd(const AttnFwdParams& p, const Device& device) {
+void launch_attn_fwd(AttnFwdLaunch params, const Device& device) {
   constexpr FwdTile kTile = fwd_tile<Arch>(kHeadDim, kScores);
-  AttnFwdLaunch params;
-  params.params = p;
-  params.order = make_work_order(p, kTile.block_m, sizeof(T));
-  params.qkv_aligned = rows_aligned<T>(p.q, p.q_stride, p.head_dim) &&
-                       rows_aligned<T>(p.k, p.k_stride, p.head_dim) &&
-                       rows_aligned<T>(p.v, p.v_stride, p.head_dim_v);
-  params.out_aligned = rows_aligned<T>(p.out, p.out_stride, p.head_dim_v);
+  params.order = make_work_order(params.params, kTile.block_m, sizeof(T));
   const Grid grid{params.order.items(), 1, 1, kTile.threads(), kTile.shared_bytes()};
-  launch(attn_fwd_kernel<Arch, T, kHeadDim, kScores>, grid, params, device, describe(p));
+  launch(attn_fwd_kernel<Arch, T, kHeadDim, kScores>, grid, params, device,
+         describe(params.params));
 }
 
 template <class Arch, class T, int kHeadDim>
 void launch_attn_fwd(const AttnFwdParams& p, const Device& device) {
+  AttnFwdLaunch params{};
+  params.params = p;
+  params.qkv_aligned = rows_aligned<T>(p.q, p.q_stride, p.head_dim) &&
+                       rows_aligned<T>(p.k, p.k_stride, p.head_dim) &&
+                       rows_aligned<T>(p.v, p.v_stride, p.head_dim_v);
+  params.out_aligned = rows_aligned<T>(p.out, p.out_stride, p.head_dim_v);
   if (is_rich(p)) {
-    launch_attn_fwd<Arch, T, kHeadDim, Scores::kRich>(p, device);
+    launch_attn_fwd<Arch, T, kHeadDim, Scores::kRich>(params, device);
   } else {
-    launch_attn_fwd<Arch, T, kHeadDim, Scores::kPlain>(p, device);
+    launch_attn_fwd<Arch, T, kHeadDim, Scores::kPlain>(params, device);
   }
 }
 

@@ -24,7 +24,7 @@ struct Fp32Tile {
 };
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(Fp32Tile<kHeadDim>::kThreads)
+__global__ void __launch_bounds__(Fp32Tile<kHeadDim>::kThreads, 1)
     attn_fwd_fp32_kernel(const __grid_constant__ AttnFwdLaunch launch) {
   using Tile = Fp32Tile<kHeadDim>;
   constexpr int kN = Tile::kBlockN / 8, kD = kHeadDim / 8;

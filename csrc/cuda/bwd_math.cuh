@@ -83,10 +83,8 @@ struct BwdTile {
                                        : (kHeadDim <= 64    ? 64
                                           : kHeadDim <= 128 ? 32
                                                             : 16);
-  static constexpr int kBlockN = kHalf ? (kHeadDim <= 128 ? 32 : 16)
-                                       : (kHeadDim <= 64    ? 32
-                                          : kHeadDim <= 128 ? 16
-                                                            : 8);
+  // dK and dV of 128 with scores of 32 would be over 255 registers; likewise in fp32 with 64.
+  static constexpr int kBlockN = kHalf || kHeadDim <= 128 ? (kHalf && kHeadDim <= 64 ? 32 : 16) : 8;
   static constexpr int kThreads = 2 * kBlockM;  // a warp for 16 rows
   static constexpr int kRowBytes = Math::template row_bytes<kHeadDim>();
   static constexpr int kSharedBytes = 2 * (kBlockM + kBlockN) * kRowBytes;

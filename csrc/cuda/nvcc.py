@@ -97,43 +97,48 @@ class Step(NamedTuple):
 
 
 def build(
-    library: Path | None, bindings_flags: Iterable[str] = (), link_flags: Iterable[str] = ()
+    library: Path | None,
+    bindings_flags: Iterable[str] = (),
+    link_flags: Iterable[str] = (),
+    files: Iterable[Path] | None = None,
+    folder: Path = BUILD,
 ) -> list[Path]:
-    """Compiles every source, and links the library if it has a name. Returns ptxas' logs."""
+    """Compiles every source, or `files`, in `folder`, and links the library if it has a name.
+    Returns ptxas' logs."""
     nvcc = find()
     assert nvcc is not None, "there is no nvcc"
     archs = architectures(nvcc)
-    BUILD.mkdir(parents=True, exist_ok=True)
-    wgmma.write(BUILD / "wgmma.cuh")
+    folder.mkdir(parents=True, exist_ok=True)
+    wgmma.write(folder / "wgmma.cuh")
 
     def compiled(target: Path, source: Path, command: list[str], log: Path | None = None) -> Step:
         reads = ["-MD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)]
         return Step(target, [source], command + reads, log)
 
     steps = []
-    for source in sources():
-        target = BUILD / f"{source.stem}.o"
-        command = [nvcc, *NVCC_FLAGS, f"-I{BUILD}", *targets(source, archs)]
+    for source in sources() if files is None else files:
+        target = folder / f"{source.stem}.o"
+        command = [nvcc, *NVCC_FLAGS, f"-I{folder}", *targets(source, archs)]
         steps.append(compiled(target, source, command, target.with_suffix(".o.log")))
     logs = [step.log for step in steps if step.log]
     if library is not None:
         defines = ["-DFASTATTN_CUDA", "-DUSE_CUDA"]
         defines.append(f'-DFASTATTN_BUILT_FOR="{";".join(map(str, archs))}"')
         command = [os.environ.get("CXX", "g++"), *bindings_flags, *defines]
-        steps.append(compiled(BUILD / "bindings.o", ROOT / "csrc" / "bindings.cpp", command))
+        steps.append(compiled(folder / "bindings.o", ROOT / "csrc" / "bindings.cpp", command))
         objects = [step.target for step in steps]
-        linked = BUILD / "library.so"
+        linked = folder / "library.so"
         link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
         link += [*map(str, objects), "-o", str(linked), *link_flags]
         steps.append(Step(linked, objects, link, compiles=False))
-    _run(steps)
+    _run(steps, folder)
     if library is not None:
         library.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(linked, library)
     return logs
 
 
-def _run(steps: list[Step]) -> None:
+def _run(steps: list[Step], folder: Path) -> None:
     """By ninja, which does what is out of date; where there is none, all of them."""
     jobs = int(os.environ.get("MAX_JOBS", 0))
     # that of this Python's environment, active or not, comes first
@@ -151,8 +156,8 @@ def _run(steps: list[Step]) -> None:
         rule, inputs = "compile" if step.compiles else "link", " ".join(map(_path, step.inputs))
         lines.append(f"build {_path(step.target)}: {rule} {inputs}")
         lines.append(f"  line = {_shell_line(step).replace('$', '$$')}")
-    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
-    command = [ninja, "-C", str(BUILD), *(["-j", str(jobs)] if jobs else [])]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    command = [ninja, "-C", str(folder), *(["-j", str(jobs)] if jobs else [])]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 

@@ -105,6 +105,7 @@ FASTATTN_DEVICE int anew(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+FASTATTN_DEVICE int anew(unsigned x) { return anew(static_cast<int>(x)); }
 
 // --- arithmetic
 // -----------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ constexpr FwdTile kFwdTilesSm80[] = {
 constexpr FwdTile kFwdTilesSm75[] = {
     {64, 128, 64, 8, 8, true},    // 32 KB, 170 and 230 registers
     {96, 128, 64, 8, 8, false},   // 48 KB, 180 and 238
-    {128, 128, 64, 8, 8, false},  // 64 KB, 216 and 255, which spills 8 bytes
+    {128, 128, 32, 8, 8, false},  // 48 KB, 189 and 192: with 64 keys, rich scores spill 8 bytes
     {192, 64, 16, 4, 4, false},   // 36 KB, 220 and 228
     {256, 64, 16, 4, 4, false},   // 48 KB, 255 and 255: both spill about 100 bytes
 };

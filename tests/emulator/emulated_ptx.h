@@ -59,6 +59,7 @@ EMULATED void cp_async_wait(Site site = Site::here()) {
 }
 
 EMULATED int anew(int x) { return x; }
+EMULATED int anew(unsigned x) { return static_cast<int>(x); }
 
 // --- arithmetic ----------------------------------------------------------------------------------
 

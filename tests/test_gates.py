@@ -1,0 +1,77 @@
+"""The gates over what nvcc makes of the kernels, on a few of them; `make gates` takes them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gates
+import pytest
+
+HERE = gates.nvcc.HERE
+LOG = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z19cache_append_kernelv' for 'sm_80'
+ptxas info    : Function properties for _Z19cache_append_kernelv
+    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used {registers} registers, 8 bytes smem, 352 bytes cmem[0]
+"""
+
+
+def kernel_of(tmp_path: Path, **numbers: int) -> gates.Kernel:
+    log = tmp_path / "kernel.o.log"
+    log.write_text(LOG.format(**({"stack": 0, "stores": 0, "loads": 0, "registers": 40} | numbers)))
+    (kernel,) = gates.kernels_of(log)
+    return kernel
+
+
+def code_of(**counts: int) -> list[gates.Instruction]:
+    """So many instructions of each opcode."""
+    return [gates.Instruction(0, op, "") for op, count in counts.items() for _ in range(count)]
+
+
+def test_ptxas_reports_are_read(tmp_path: Path) -> None:
+    kernel = kernel_of(tmp_path, stack=16, stores=4, loads=12)
+    assert kernel[1:] == ("sm_80", 40, 8, 16, 16)
+    assert gates.readable([kernel.symbol])[kernel.symbol] == "cache_append_kernel"
+
+
+def test_what_is_over_budget_fails(tmp_path: Path) -> None:
+    ops = collections.Counter({"FFMA": 3})
+    lean = kernel_of(tmp_path)._replace(shared=0)
+    assert gates.faults(lean, "cache_append_kernel<fp16>", ops) == []
+    spilling = lean._replace(spills=8, stack=8)
+    assert "8 bytes spilled" in gates.faults(spilling, "cache_append_kernel", ops)[0]
+    assert (
+        "65 registers" in gates.faults(lean._replace(registers=65), "cache_append_kernel", ops)[0]
+    )
+    assert "shared memory" in gates.faults(lean._replace(shared=8), "cache_append_kernel", ops)[0]
+    assert "no row in the budget" in gates.faults(lean, "a_new_kernel", ops)[0]
+    assert (
+        "local memory" in gates.faults(lean, "cache_append_kernel", ops + ops.__class__(LDL=1))[0]
+    )
+
+
+def test_spills_are_excused_by_name_and_within_bounds(tmp_path: Path) -> None:
+    ops, name = code_of(HMMA=8, LDL=2), "attn_fwd_kernel<Sm75, fp16, 256, 0>"
+    spilling = kernel_of(tmp_path)._replace(shared=0, spills=200, stack=100)
+    assert gates.faults(spilling, name, ops) == []
+    assert gates.faults(spilling, name.replace("256", "128"), ops)
+    assert gates.faults(spilling._replace(spills=1000), name, ops)
+    assert gates.faults(spilling, name, code_of(FFMA=1))
+
+
+def test_complaints_of_ptxas_are_found(tmp_path: Path) -> None:
+    log = tmp_path / "kernel.o.log"
+    log.write_text("ptxas info : (C7510) Potential Performance Loss: wgmma is serialised\n")
+    assert gates.complaints(log) and not gates.complaints(Path(gates.__file__))
+
+
+@pytest.mark.skipif(gates.nvcc.find() is None, reason="there is no nvcc")
+def test_a_few_kernels_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTATTN_CUDA_ARCHS", "80")
+    files = [HERE / f"{name}.cu" for name in ("attn_decode_sm80", "cache_append", "cross_entropy")]
+    count, failed = gates.check(gates.nvcc.build(None, files=files, folder=tmp_path))
+    assert failed == 0, capfd.readouterr().out
+    assert count >= 10
