@@ -36,19 +36,17 @@ def test_ptxas_reports_are_read(tmp_path: Path) -> None:
 
 
 def test_what_is_over_budget_fails(tmp_path: Path) -> None:
-    ops = collections.Counter({"FFMA": 3})
     lean = kernel_of(tmp_path)._replace(shared=0)
-    assert gates.faults(lean, "cache_append_kernel<fp16>", ops) == []
-    spilling = lean._replace(spills=8, stack=8)
-    assert "8 bytes spilled" in gates.faults(spilling, "cache_append_kernel", ops)[0]
-    assert (
-        "65 registers" in gates.faults(lean._replace(registers=65), "cache_append_kernel", ops)[0]
-    )
-    assert "shared memory" in gates.faults(lean._replace(shared=8), "cache_append_kernel", ops)[0]
-    assert "no row in the budget" in gates.faults(lean, "a_new_kernel", ops)[0]
-    assert (
-        "local memory" in gates.faults(lean, "cache_append_kernel", ops + ops.__class__(LDL=1))[0]
-    )
+
+    def faults(kernel: gates.Kernel, name: str = "cache_append_kernel<fp16>", **ops: int) -> str:
+        return "; ".join(gates.faults(kernel, name, code_of(FFMA=3, **ops)))
+
+    assert faults(lean) == ""
+    assert "8 bytes spilled" in faults(lean._replace(spills=8, stack=8))
+    assert "65 registers" in faults(lean._replace(registers=65))
+    assert "shared memory" in faults(lean._replace(shared=8))
+    assert "local memory" in faults(lean, LDL=1)
+    assert "no row in the budget" in faults(lean, "a_new_kernel")
 
 
 def test_spills_are_excused_by_name_and_within_bounds(tmp_path: Path) -> None:
