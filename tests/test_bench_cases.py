@@ -94,7 +94,7 @@ def test_every_peer_that_is_here_gives_what_fp64_says(case):
 
 def test_nothing_is_left_on_the_cpu():
     """In a process of its own: autograd must not have met the CPU alone before."""
-    code = "import test_bench_cases; test_bench_cases.on_a_pretended_device()"
+    code = "import os, test_bench_cases; test_bench_cases.on_a_pretended_device(); os._exit(0)"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=True)
 
