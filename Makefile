@@ -52,10 +52,11 @@ sanitize: setup
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest -m "not slow and not gpu" --backend cpu $(wildcard tests/test_attention*.py tests/test_cpu_*.py tests/test_decode.py tests/test_losses.py)
 
-# What ptxas and the machine code say of the CUDA kernels, for every architecture. Needs nvcc, no GPU.
+# What ptxas and the machine code say of the CUDA and Triton kernels, for every architecture. Needs nvcc for the former, no GPU.
 gates: setup
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(PY) tests/gates.py
+	$(PY) tests/triton_gates.py
 
 # All that takes a GPU: needs torch with CUDA, nvcc and g++, and no network; of .venv if there is one, of PYTHON else.
 # PART=build|calibrate|test|sanitize|bench does only that; what passed before is not done again, but with AGAIN=1.

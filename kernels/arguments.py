@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from fastattn.philox import keep_threshold
 from fastattn.problem import AttentionProblem, DecodeProblem
 
+from .configs import Work, next_power_of_2
 from .primitives import Heads, Lengths, ScoreMods, Scores, Window
 
 
@@ -39,7 +39,7 @@ def window_of(p: AttentionProblem | DecodeProblem) -> Window:
 
 def padded(head_dim: int) -> int:
     """The size of tiles of such rows: a power of 2, of at least what products take."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def lengths_of(p: AttentionProblem) -> Lengths:
@@ -65,6 +65,13 @@ def mods_of(p: AttentionProblem | DecodeProblem) -> ScoreMods:
         threshold=keep_threshold(dropout_p) if dropout_p else None,
         keep_scale=None if not dropout_p else 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
     )
+
+
+def work_of(q: Tensor, head_dim_v: int, mods: ScoreMods) -> Work:
+    head_dims = (q.shape[-1], head_dim_v)
+    options = mods.scale is not None or mods.seed is not None
+    heavy = options or any(head_dim != padded(head_dim) for head_dim in head_dims)
+    return Work(q.dtype, padded(max(head_dims)), heavy)
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -28,7 +28,9 @@ from .arguments import (
     rows_of,
     scores_of,
     window_of,
+    work_of,
 )
+from .configs import cdiv
 from .primitives import (
     LOG2E,
     Place,
@@ -36,6 +38,7 @@ from .primitives import (
     blocks_seen,
     head_at,
     kept,
+    load_lse,
     load_rows,
     place_of,
     scores_from,
@@ -118,14 +121,6 @@ def attn_bwd_dq_kernel(
     )  # fmt: skip
     at_dq = head_at(dq, batch, place.first_q, head)
     store_rows(at_dq, dq.seq, rows, end, acc * scale, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def load_lse(lse, place, rows):
-    """+inf where a row saw no key, so that its weights are 0."""
-    at = head_at(lse, place.batch, place.first_q, place.head) + rows.to(tl.int64) * lse.seq
-    row_lse = tl.load(at, mask=rows < place.seqlen_q, other=float("inf"))
-    return tl.where(row_lse == float("-inf"), float("inf"), row_lse)
 
 
 @triton.jit
@@ -294,6 +289,7 @@ def attn_bwd(
         shape = p.scores_shape
         shared = p.bias.shape != shape and not deterministic
         dbias = p.bias.new_zeros(p.bias.shape if shared else shape, dtype=torch.float32)
+    work = work_of(p.q, head_dim_v, mods)
     common = {
         "GROUP_SIZE": heads // heads_k,
         "HEAD_DIM": head_dim,
@@ -303,8 +299,8 @@ def attn_bwd(
         "PRECISION": precision_of(p.q.dtype),
     }
     q, k, v, dout_heads = (heads_of(t, packed) for t in (p.q, p.k, p.v, dout))
-    tile = configs.attention_bwd_dq(p.q, head_dim, head_dim_v)
-    m_blocks = triton.cdiv(lengths.q, tile.block_m)
+    tile = configs.attention_bwd_dq(work)
+    m_blocks = cdiv(lengths.q, tile.block_m)
     if programs := m_blocks * heads * batch:
         attn_bwd_dq_kernel[(programs,)](
             q,
@@ -329,8 +325,8 @@ def attn_bwd(
             **common,
             **tile.options,
         )
-    tile = configs.attention_bwd_dkv(p.q, head_dim, head_dim_v)
-    n_blocks = triton.cdiv(lengths.k, tile.block_m)
+    tile = configs.attention_bwd_dkv(work)
+    n_blocks = cdiv(lengths.k, tile.block_m)
     if programs := n_blocks * heads_k * batch:
         attn_bwd_dkv_kernel[(programs,)](
             q,

@@ -21,7 +21,8 @@ from fastattn.problem import DecodeProblem
 from fastattn.rotary import rotate_queries
 
 from . import configs
-from .arguments import heads_of, mods_of, padded, precision_of, rows_of, window_of
+from .arguments import heads_of, mods_of, padded, precision_of, rows_of, window_of, work_of
+from .configs import cdiv, next_power_of_2
 from .primitives import (
     LN2,
     LOG2E,
@@ -272,25 +273,27 @@ def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    mods = mods_of(p)
     rows, group_size = batch * seqlen_q * heads, heads // heads_k
-    tile = configs.attention_decode(q.dtype, head_dim, head_dim_v, seqlen_q * group_size)
-    tiles = triton.cdiv(seqlen_q * group_size, tile.block_m)
-    blocks = triton.cdiv(_capacity(p), tile.block_n)
+    tile = configs.attention_decode(work_of(q, head_dim_v, mods), seqlen_q * group_size)
+    tiles = cdiv(seqlen_q * group_size, tile.block_m)
+    blocks = cdiv(_capacity(p), tile.block_n)
     splits = min(p.num_splits or configs.splits(tiles * heads_k * batch, blocks), max(blocks, 1))
-    outs, lses = out, lse
+    out_heads, lse_heads = heads_of(out, False), rows_of(lse, False)
     if splits > 1:
         outs = q.new_empty((splits, batch, seqlen_q, heads, head_dim_v), dtype=torch.float32)
         lses = q.new_empty((splits, batch, seqlen_q, heads), dtype=torch.float32)
+        out_heads, lse_heads = (heads_of(x[0], False)._replace(data=x) for x in (outs, lses))
     attn_decode_kernel[(splits * tiles * heads_k * batch,)](
         heads_of(q, False),
         cache,
-        heads_of(outs[0] if splits > 1 else out, False),
+        out_heads,
         rows * head_dim_v,
-        heads_of(lses[0], False) if splits > 1 else rows_of(lse, False),
+        lse_heads,
         rows,
         p.sinks if splits == 1 else None,
         window_of(p),
-        mods_of(p),
+        mods,
         seqlen_q,
         heads_k,
         tiles,
@@ -317,7 +320,7 @@ def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
             heads,
             splits,
             HEAD_DIM_V=head_dim_v,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
+            BLOCK_SPLITS=next_power_of_2(splits),
             BLOCK_DV=padded(head_dim_v),
             **configs.ONE_ROW.options,
         )
@@ -348,8 +351,8 @@ def _append(p: DecodeProblem, cache: Cache) -> None:
         ROTARY_PAIRS=pairs,
         HEAD_DIM=head_dim,
         HEAD_DIM_V=p.v.shape[-1],
-        BLOCK_R=triton.next_power_of_2(max(pairs, 1)),
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_DV=triton.next_power_of_2(p.v.shape[-1]),
+        BLOCK_R=next_power_of_2(max(pairs, 1)),
+        BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_DV=next_power_of_2(p.v.shape[-1]),
         **configs.ONE_ROW.options,
     )

@@ -26,13 +26,16 @@ from .arguments import (
     precision_of,
     rows_of,
     window_of,
+    work_of,
 )
+from .configs import cdiv
 from .primitives import (
     LOG2E,
     add_sink,
     blocks_seen,
     head_at,
     kept,
+    load_lse,
     load_rows,
     natural_lse,
     online_softmax,
@@ -116,12 +119,13 @@ def attn_fwd_kernel(
     if (mods.mask is not None) or (window.left is not None) or (window.right is not None):
         spoiled = (acc != acc) & (row_lse == row_lse)[:, None]
         if tl.max(tl.max(spoiled.to(tl.int32), 1), 0) > 0:
-            acc = attend_one_by_one(
-                blocks.begin, blocks.end, row_lse,
-                q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-            store_rows(at_out, out.seq, rows, place.seqlen_q, acc, HEAD_DIM_V, BLOCK_DV)
+            tl.debug_barrier()  # out and lse were written by other threads
+            for part in tl.range(first, last + 1, 16, num_stages=1):
+                attend_one_by_one(
+                    part, blocks.begin, blocks.end, at_q, q.seq, at_k, k.seq, at_v, v.seq,
+                    at_out, out.seq, lse, mods, place, window,
+                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -149,18 +153,23 @@ def attend(
 
 @triton.jit
 def attend_one_by_one(
-    begin, end, row_lse, q_tile, at_k, k_stride, at_v, v_stride, rows, mods, place, window,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    first, begin, end, at_q, q_stride, at_k, k_stride, at_v, v_stride, at_out, out_stride, lse,
+    mods, place, window, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """weights · V from known lse, of a key at a time, so that none reaches what does not see it."""
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    """The outputs of 16 queries from known lse, of a key at a time, so that none reaches what does
+    not see it. Few rows: the loop over keys needs the registers."""
+    rows = first + tl.arange(0, 16)
+    q_tile = load_rows(at_q, q_stride, rows, place.seqlen_q, HEAD_DIM, BLOCK_D, True)
+    q_tile = q_tile.to(tl.float32)
+    row_lse = load_lse(lse, place, rows)
+    acc = tl.zeros((16, BLOCK_DV), tl.float32)
     columns, columns_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for key in tl.range(begin, tl.minimum(end, place.seqlen_k), num_stages=1):
         row = tl.cast(key, tl.int64)
         k_row = tl.load(at_k + row * k_stride + columns, mask=columns < HEAD_DIM, other=0.0)
         v_row = tl.load(at_v + row * v_stride + columns_v, mask=columns_v < HEAD_DIM_V, other=0.0)
-        qk = tl.sum(q_tile.to(tl.float32) * k_row.to(tl.float32)[None, :], 1)[:, None]
+        qk = tl.sum(q_tile * k_row.to(tl.float32)[None, :], 1)[:, None]
         keys = key + tl.zeros((1, 1), tl.int32)
         s, _ = scores_from(qk, mods, place, window, rows[:, None], keys, True)
         weights = tl.exp2((s * mods.unit - row_lse[:, None]) * LOG2E)
@@ -169,12 +178,12 @@ def attend_one_by_one(
             keep = tl.max(keep.to(tl.int32), 1)[:, None] > 0
             weights = tl.where(keep, weights * mods.keep_scale, 0.0)
         acc += tl.where(s == float("-inf"), 0.0, weights * v_row.to(tl.float32)[None, :])
-    return acc
+    store_rows(at_out, out_stride, rows, place.seqlen_q, acc, HEAD_DIM_V, BLOCK_DV)
 
 
 def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """(out, lse): out of q's dtype, contiguous."""
-    packed, lengths = p.packed, lengths_of(p)
+    packed, lengths, mods = p.packed, lengths_of(p), mods_of(p)
     tokens, heads, head_dim = p.q.shape[-3:]
     head_dim_v = p.v.shape[-1]
     if packed:  # tokens behind the last sequence are no program's
@@ -185,8 +194,8 @@ def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
         batch = p.q.shape[0]
         out = p.q.new_empty((batch, tokens, heads, head_dim_v))
         lse = p.q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    tile = configs.attention_fwd(p.q, head_dim, head_dim_v, lengths.q)
-    m_blocks = triton.cdiv(lengths.q, tile.block_m)
+    tile = configs.attention_fwd(work_of(p.q, head_dim_v, mods), lengths.q)
+    m_blocks = cdiv(lengths.q, tile.block_m)
     if programs := m_blocks * heads * batch:
         attn_fwd_kernel[(programs,)](
             heads_of(p.q, packed),
@@ -197,7 +206,7 @@ def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
             p.sinks,
             lengths,
             window_of(p),
-            mods_of(p),
+            mods,
             heads,
             m_blocks,
             GROUP_SIZE=heads // p.k.shape[-2],

@@ -1,4 +1,10 @@
-"""Tile sizes of the kernels, by architecture, dtype and head dim."""
+"""Tile sizes of the kernels, by architecture, dtype and head dim.
+
+None has been timed: they are the largest that ptxas compiles without spills (tests/triton_gates.py
+has it so), of sizes that the field has found good. sm_80 has mma.sync and 164 KB of shared memory,
+sm_120, which stands for sm_86 and sm_89 too, 100 KB; sm_90 has wgmma and 227 KB, sm_100 tcgen05,
+which takes 128 rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 from . import interpreter
 
@@ -25,58 +30,135 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
+def cdiv(a: int, b: int) -> int:
+    """Triton's own takes ten times as long, and so does its next_power_of_2."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+Tiles = tuple[Tile, Tile, Tile]  # for head dims up to 64, 128, 256
+ONE_ROW = Tile(1, 1, 1)  # a program has a row of at most 256 elements
 INTERPRETED = Tile(64, 64)
+
+# 16-bit. Of the forward 128 queries make up for reading K and V again; 256 of head dim leave
+# registers for 64 of them, or for fewer keys.
+FWD: dict[int, Tiles] = {
+    80: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    90: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+    100: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    120: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+}
+# One sum in registers, but q, dout and two products at a time.
+BWD_DQ: dict[int, Tiles] = {
+    80: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+    90: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    100: (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
+    120: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+}
+# Two sums in registers: dk and dv.
+BWD_DKV: dict[int, Tiles] = {
+    80: (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)),
+    90: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1)),
+    100: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
+    120: (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)),
+}
+# fp32 multiplies without tensor cores on every architecture, with whole rows of the operands that a
+# program keeps in registers: the fewer, the better.
+FP32_FWD: Tiles = (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1))
+FP32_BWD_DQ: Tiles = (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1))
+FP32_BWD_DKV: Tiles = (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1))
+
+
+def arch() -> int:
+    """Compute capability · 10 of the current device; 0 in the interpreter."""
+    return 0 if interpreter.running() else _arch(triton.runtime.driver.active.get_current_device())
 
 
 @functools.cache
-def arch() -> int:
-    """Compute capability · 10 of the current device; 0 in the interpreter."""
-    return 0 if interpreter.running() else triton.runtime.driver.active.get_current_target().arch
+def _arch(device: int) -> int:
+    return triton.runtime.driver.active.get_current_target().arch
 
 
-def attention_fwd(q: Tensor, head_dim: int, head_dim_v: int, seqlen_q: int) -> Tile:
-    if arch() == 0:
+class Work(NamedTuple):
+    """What tiles of attention are chosen by."""
+
+    dtype: torch.dtype
+    block_d: int  # the larger of the tiles' two head dims
+    heavy: (
+        bool  # options, and head dims short of their tiles', want registers: half as many of both
+    )
+
+
+def _of(table: dict[int, Tiles], fp32: Tiles, work: Work) -> Tile:
+    at = 0 if work.block_d <= 64 else 1 if work.block_d <= 128 else 2
+    if (here := arch()) == 0:
         return INTERPRETED
-    return Tile(64, 64)
+    if work.dtype == torch.float32:
+        tile = fp32[at]
+    elif here in (86, 89):
+        tile = table[120][at]
+    else:
+        tile = table[max(known for known in table if known <= here)][at]
+    if not work.heavy:
+        return tile
+    return Tile(
+        max(tile.block_m // 2, 16),
+        max(tile.block_n // 2, 16),
+        tile.warps,
+        tile.stages if here in (90, 100) else 1,  # their operands don't pass through registers
+    )
 
 
-def attention_bwd_dq(q: Tensor, head_dim: int, head_dim_v: int) -> Tile:
-    if arch() == 0:
-        return INTERPRETED
-    return Tile(64, 64)
+def attention_fwd(work: Work, seqlen_q: int) -> Tile:
+    tile = _of(FWD, FP32_FWD, work)
+    few = max(16, next_power_of_2(seqlen_q))
+    return tile if few >= tile.block_m else tile._replace(block_m=few, warps=4)
 
 
-def attention_bwd_dkv(q: Tensor, head_dim: int, head_dim_v: int) -> Tile:
-    if arch() == 0:
-        return INTERPRETED
-    return Tile(64, 64)
+def attention_bwd_dq(work: Work) -> Tile:
+    return _of(BWD_DQ, FP32_BWD_DQ, work)
 
 
-def cross_entropy(dtype: torch.dtype, vocab: int, smoothed: bool) -> Tile:
-    if arch() == 0:
-        return Tile(1, 1024)
-    block = min(triton.next_power_of_2(vocab), 4096)
-    return Tile(1, block, min(max(block // 256, 1), 16))
+def attention_bwd_dkv(work: Work) -> Tile:
+    """Keys are what a program keeps."""
+    return _of(BWD_DKV, FP32_BWD_DKV, work)
 
 
-ONE_ROW = Tile(1, 1, 1)  # a program has a row of at most 256 elements
-
-
-def attention_decode(dtype: torch.dtype, head_dim: int, head_dim_v: int, rows: int) -> Tile:
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+def attention_decode(work: Work, rows: int) -> Tile:
+    """Keys enough in flight for memory's latency: stages are tiles of K and V being loaded."""
+    block_m = min(max(16, next_power_of_2(rows)), 64)
     if arch() == 0:
         return Tile(block_m, 64)
-    return Tile(block_m, 64, 4, 3)
+    if work.dtype == torch.float32:
+        return Tile(block_m, 32, 8, 1)
+    wide = work.block_d > 128
+    return Tile(block_m, 32 if wide else 64, 4, 2 if wide else 3)
 
 
 def splits(programs: int, blocks: int) -> int:
-    """How many programs share the keys of a sequence, to fill the GPU twice."""
-    return max(1, min(triton.cdiv(2 * multiprocessors(), programs), blocks // 4, 128))
+    """How many programs share the keys of a sequence: to fill the GPU twice, 4 blocks each."""
+    return max(1, min(cdiv(2 * multiprocessors(), programs), blocks // 4, 128))
+
+
+def multiprocessors() -> int:
+    """8 in the interpreter, so that it sees splits."""
+    return 8 if arch() == 0 else _multiprocessors(triton.runtime.driver.active.get_current_device())
 
 
 @functools.cache
-def multiprocessors() -> int:
+def _multiprocessors(device: int) -> int:
+    utils = triton.runtime.driver.active.utils
+    return utils.get_device_properties(device)["multiprocessor_count"]
+
+
+def cross_entropy(vocab: int, smoothed: bool) -> Tile:
+    """16 bytes a thread of 16-bit logits at a time, twice; half as many where a column has four
+    sums. In the interpreter, several blocks a row."""
     if arch() == 0:
-        return 8
-    driver = triton.runtime.driver.active
-    return driver.utils.get_device_properties(driver.get_current_device())["multiprocessor_count"]
+        return Tile(1, 1024)
+    most = 4096 if smoothed else 8192
+    block = min(next_power_of_2(vocab), most)
+    return Tile(1, block, max(16 * block // most, 1))

@@ -51,7 +51,7 @@ def cross_entropy_kernel(
     y = tl.load(target + row)
     ignored = y == ignore_index
     y = tl.where(ignored, 0, y)
-    z_y, _ = capped(tl.load(x + y), softcap)  # before the barriers that the gradient comes behind
+    z_y = capped(tl.load(x + y), softcap)[0]  # before the barriers that the gradient comes behind
     w_y = 1.0
     if weight is not None:
         w_y = tl.load(weight + y)
@@ -63,12 +63,10 @@ def cross_entropy_kernel(
     lane_weight = tl.zeros((BLOCK,), tl.float32)  # Σ w
     for start in tl.range(0, vocab, BLOCK):
         there = start + columns < vocab
-        z, _ = capped(
-            tl.load(
-                x + start + columns, mask=there, other=float("-inf"), eviction_policy="evict_last"
-            ),
-            softcap,
+        chunk = tl.load(
+            x + start + columns, mask=there, other=float("-inf"), eviction_policy="evict_last"
         )
+        z = capped(chunk, softcap)[0]
         if softcap is not None:
             z = tl.where(there, z, float("-inf"))
         new_max = tl.maximum(lane_max, z)
@@ -178,7 +176,7 @@ def _launch(
     rows, vocab = p.logits.shape
     if rows == 0:
         return
-    tile = configs.cross_entropy(p.logits.dtype, vocab, p.label_smoothing > 0)
+    tile = configs.cross_entropy(vocab, p.label_smoothing > 0)
     cross_entropy_kernel[(rows,)](
         p.logits,
         p.logits.stride(0),

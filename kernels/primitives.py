@@ -274,3 +274,11 @@ def natural_lse(unit, row_max, row_sum):
     """−inf for a row that saw no key."""
     lse = row_max * unit + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)) * LN2
     return tl.where(row_sum == 0.0, float("-inf"), lse)
+
+
+@triton.jit
+def load_lse(lse, place, rows):
+    """+inf where a row saw no key, so that its weights are 0."""
+    at = head_at(lse, place.batch, place.first_q, place.head) + rows.to(tl.int64) * lse.seq
+    row_lse = tl.load(at, mask=rows < place.seqlen_q, other=float("inf"))
+    return tl.where(row_lse == float("-inf"), float("inf"), row_lse)

@@ -11,12 +11,16 @@ import os
 import random
 from collections.abc import Iterator
 
+import torch
+
+# Triton reads it once, when it is imported, which torch may do.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 import emulated
 import numpy as np
 import pretend_device
 import public
 import pytest
-import torch
 
 from fastattn import backends, library
 
@@ -25,9 +29,6 @@ from fastattn import backends, library
 EMULATED = (80, 75)
 HOPPER = 90  # its own kernels have tests of their own; here it is slow
 FOR_GPUS = ("cuda", "triton")
-
-if not torch.cuda.is_available():  # Triton reads it once, when it is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Deterministic algorithms, which `poisoned` asks for, need it of cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

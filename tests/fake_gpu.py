@@ -1,34 +1,43 @@
 """A driver for Triton with an architecture and no GPU: it compiles kernels and launches nothing.
 
-Launchers then go their usual way with CPU tensors, and `launched` has the kernels that they would
-have run, as compiled for the architecture.
+Launchers then go their usual way with CPU tensors, and `compiled` has the machine code of each
+kernel that they would have run for the first time.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# bytes that a block may have, by compute capability · 10
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
+
+
+class Compiled(NamedTuple):
+    name: str
+    cubin: bytes
+    shared: int  # bytes
 
 
 class FakeDriver:
-    """What `triton.runtime.driver.active` is asked for."""
+    """What `triton.runtime.driver.active` is asked for. Its device's number is the architecture,
+    since kernels are kept by device."""
 
     def __init__(self, arch: int):
-        self.target = GPUTarget("cuda", arch, 32)
+        self.arch = arch
         self.utils = self
-        self.launched: list[Any] = []
-        self.binary = b""
+        self.compiled: list[Compiled] = []
+        self.launches = 0
 
     def get_current_target(self) -> GPUTarget:
-        return self.target
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -38,21 +47,22 @@ class FakeDriver:
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
-            "max_shared_mem": SHARED_MEMORY[self.target.arch],
+            "max_shared_mem": SHARED_MEMORY[self.arch],
             "multiprocessor_count": 132,
             "max_num_regs": 65536,
             "warpSize": 32,
         }
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        return None, name, 0, 0, 1024  # module, function, registers, spills, most threads
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        self.compiled.append(Compiled(name, cubin, shared))
+        return name, name, 0, 0, 1024  # module, function, registers, spills, most threads
 
     def unload_module(self, module: Any) -> None:
         pass
 
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:
-            self.launched.append(metadata)
+            self.launches += 1
 
         return launch
 

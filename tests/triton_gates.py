@@ -1,0 +1,223 @@
+"""What can be said of the Triton kernels' machine code without a GPU: part of `make gates`.
+
+Runs the launchers on problems of every kind with a driver that only compiles, for every
+architecture, and fails on spills, more registers or shared memory than the budget below, and
+kernels for tensor cores without tensor core instructions.
+
+    python tests/triton_gates.py [ARCH …]
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from fake_gpu import SHARED_MEMORY, Compiled, use
+from fastattn.kernels.attention_bwd import attn_bwd
+from fastattn.kernels.attention_decode import attn_decode
+from fastattn.kernels.attention_fwd import attn_fwd
+from fastattn.kernels.cross_entropy import cross_entropy_fwd
+from gates import opcodes
+
+from fastattn.problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# what products compile to, by architecture
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")  # mma.sync, wgmma, tcgen05
+
+
+class Budget(NamedTuple):
+    registers: int  # a thread, at most
+    tensor_cores: bool = False  # of 16-bit problems
+    spills: int = 0  # accesses to local memory of all options at once, and in fp32, at most
+
+
+BUDGET = {
+    "attn_fwd_kernel": Budget(255, tensor_cores=True),
+    "attn_bwd_dq_kernel": Budget(255, tensor_cores=True, spills=256),
+    "attn_bwd_dkv_kernel": Budget(255, tensor_cores=True),
+    "attn_decode_kernel": Budget(255),
+    "attn_decode_combine_kernel": Budget(64),
+    "cache_append_kernel": Budget(64),
+    "cross_entropy_kernel": Budget(128),
+}
+
+
+# --- problems -------------------------------------------------------------------------------------
+
+
+def attention(
+    dtype: torch.dtype, head_dim: int, rich: bool = False, heads_k: int = 8, softcap: float = 0.0
+) -> None:
+    """Forward and backward; of plain causal attention, or with all options."""
+    q = torch.empty(2, 1024, 8, head_dim, dtype=dtype)
+    k = v = torch.empty(2, 1024, heads_k, head_dim, dtype=dtype)
+    p = AttentionProblem(q, k, v, window_right=0, scale=head_dim**-0.5, softcap=softcap)
+    if rich:
+        p = p._replace(
+            mask=torch.empty(1, 8, 1024, 1024, dtype=torch.bool),
+            bias=torch.empty(1, 8, 1024, 1024, dtype=dtype),
+            alibi_slopes=torch.empty(2, 8),
+            sinks=torch.empty(8),
+            seed=torch.tensor(0),
+            window_left=512,
+            softcap=30.0,
+            dropout_p=0.1,
+        )
+    out, lse = attn_fwd(p)
+    attn_bwd(p, out, lse, out, lse if rich else None, False)
+
+
+def packed_attention(dtype: torch.dtype, head_dim: int) -> None:
+    q = torch.empty(4096, 8, head_dim, dtype=dtype)
+    offsets = torch.empty(5, dtype=torch.int32)
+    p = AttentionProblem(q, q, q, cu_seqlens_q=offsets, cu_seqlens_k=offsets, window_right=0)
+    p = p._replace(max_seqlen_q=1024, max_seqlen_k=1024, scale=head_dim**-0.5)
+    out, lse = attn_fwd(p)
+    attn_bwd(p, out, lse, out, None, False)
+
+
+def decoding(dtype: torch.dtype, head_dim: int, paged: bool) -> None:
+    q, k = (torch.empty(4, 1, heads, head_dim, dtype=dtype) for heads in (32, 8))
+    cache = torch.empty(64, 256, 8, head_dim, dtype=dtype) if paged else None
+    cache = torch.empty(4, 4096, 8, head_dim, dtype=dtype) if cache is None else cache
+    p = DecodeProblem(q, cache, cache, torch.empty(4, dtype=torch.int32), k, k, window_right=0)
+    if paged:
+        table = torch.empty(4, 16, dtype=torch.int32)
+        cos, positions = (
+            torch.empty(8192, head_dim // 2, dtype=dtype),
+            torch.zeros_like(table[:, 0]),
+        )
+        p = p._replace(
+            rotary_cos=cos, rotary_sin=cos, block_table=table, cache_seqlens=positions,
+            softcap=30.0, alibi_slopes=torch.empty(32), sinks=torch.empty(32),
+        )  # fmt: skip
+    attn_decode(p)
+
+
+def losses(dtype: torch.dtype, vocab: int, rich: bool) -> None:
+    logits, target = torch.empty(64, vocab, dtype=dtype), torch.empty(64, dtype=torch.int64)
+    p = CrossEntropyProblem(logits, target)
+    if rich:
+        p = p._replace(weight=torch.empty(vocab), label_smoothing=0.1, z_loss=1e-4, softcap=30.0)
+    cross_entropy_fwd(p, torch.empty(()), logits)
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+PROBLEMS: dict[str, Callable[[], None]] = {
+    "attention D 64": lambda: attention(HALF, 64),
+    "attention D 128": lambda: attention(HALF, 128),
+    "attention D 256": lambda: attention(HALF, 256),
+    "attention D 80, grouped": lambda: attention(HALF, 80, heads_k=2),
+    "attention D 64, packed": lambda: packed_attention(HALF, 64),
+    "attention D 128, softcap": lambda: attention(HALF, 128, softcap=30.0),
+    "attention D 128, everything": lambda: attention(HALF, 128, rich=True),
+    "attention D 64, fp32": lambda: attention(SINGLE, 64),
+    "attention D 128, fp32": lambda: attention(SINGLE, 128),
+    "attention D 256, fp32": lambda: attention(SINGLE, 256),
+    "decoding D 128": lambda: decoding(HALF, 128, paged=False),
+    "decoding D 128, paged": lambda: decoding(HALF, 128, paged=True),
+    "decoding D 256": lambda: decoding(HALF, 256, paged=False),
+    "decoding D 128, fp32": lambda: decoding(SINGLE, 128, paged=False),
+    "losses V 128256": lambda: losses(HALF, 128256, rich=False),
+    "losses V 50257, rich": lambda: losses(HALF, 50257, rich=True),
+    "losses V 50257, fp32": lambda: losses(SINGLE, 50257, rich=False),
+}
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+
+# Spills that no tile tried so far is without, and how many.
+KNOWN = {("attention D 80, grouped", "attn_bwd_dkv_kernel", 100): 174}
+
+
+class Row(NamedTuple):
+    problem: str
+    arch: int
+    kernel: Compiled
+    registers: int
+    spills: int  # accesses to local memory
+    tensor_cores: int  # instructions
+    seconds: float  # since the kernel before: to compile it
+
+    def __str__(self) -> str:
+        return (
+            f"{self.problem:<28} {self.kernel.name:<27} sm_{self.arch:<4} {self.registers:>4}"
+            f" {self.spills:>6} {self.kernel.shared:>7} {self.tensor_cores:>5} {self.seconds:>5.1f}"
+        )
+
+    def faults(self) -> list[str]:
+        budget = BUDGET.get(self.kernel.name)
+        if budget is None:
+            return ["no row in the budget of tests/triton_gates.py"]
+        found = []
+        if self.registers > budget.registers:
+            found.append(f"{self.registers} registers, {budget.registers} at most")
+        fp32 = "fp32" in self.problem
+        known = KNOWN.get((self.problem, self.kernel.name, self.arch), 0)
+        if self.spills > (budget.spills if fp32 or "everything" in self.problem else known):
+            found.append(f"{self.spills} accesses to local memory")
+        if self.kernel.shared > SHARED_MEMORY[self.arch]:
+            found.append(f"{self.kernel.shared} bytes of shared memory")
+        if budget.tensor_cores and not fp32 and not self.tensor_cores:
+            found.append("no tensor core instruction")
+        return found
+
+
+def rows(arch: int, problems: list[str]) -> Iterator[Row]:
+    driver = use(arch)
+    for name in problems:
+        driver.compiled.clear()
+        start = time.perf_counter()
+        PROBLEMS[name]()
+        seconds = (time.perf_counter() - start) / max(len(driver.compiled), 1)
+        for kernel in driver.compiled:
+            yield Row(name, arch, kernel, *measured(kernel), seconds)
+
+
+def measured(kernel: Compiled) -> tuple[int, int, int]:
+    """Registers, accesses to local memory, and tensor core instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+)", usage)
+        assert found, usage
+        (ops,) = opcodes(str(CUOBJDUMP), Path(file.name)).values()
+    return int(found[1]), ops["LDL"] + ops["STL"], sum(ops[name] for name in TENSOR_CORES)
+
+
+def main(archs: list[int], problems: list[str]) -> int:
+    print(f"triton {triton.__version__}")
+    numbers = f"{'regs':>4} {'spills':>6} {'smem':>7} {'mma':>5} {'s':>5}"
+    print(f"{'problem':<28} {'kernel':<27} {'arch':<7} {numbers}")
+    count = failed = 0
+    for arch in archs:
+        for row in rows(arch, problems):
+            print(row, flush=True)
+            found = row.faults()
+            for fault in found:
+                print(f"  FAILED: {fault}")
+            count, failed = count + 1, failed + bool(found)
+    print(f"triton gates: {count} kernels, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    chosen = [int(a) for a in arguments if a.isdigit()] or list(SHARED_MEMORY)
+    sys.exit(main(chosen, [a for a in arguments if not a.isdigit()] or list(PROBLEMS)))
