@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"make gpu: {target}")
         return 1
     target.results = arguments.results
+    target.results = arguments.results.resolve()
     stamp = journal.machine(target.device, target.arch, target.nvcc)
     folder = arguments.results / journal.file_name_of(target.device)
     book = journal.Journal(folder / f"gpu-{stamp['commit'] or stamp['sources']}.json", stamp)
