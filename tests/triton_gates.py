@@ -29,7 +29,7 @@ from fastattn.kernels.attention_bwd import attn_bwd
 from fastattn.kernels.attention_decode import attn_decode
 from fastattn.kernels.attention_fwd import attn_fwd
 from fastattn.kernels.cross_entropy import cross_entropy_fwd
-from gates import opcodes
+from gates import counted, machine_code
 
 from fastattn.problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
 
@@ -197,7 +197,8 @@ def measured(kernel: Compiled) -> tuple[int, int, int]:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = re.search(r"REG:(\d+)", usage)
         assert found, usage
-        (ops,) = opcodes(str(CUOBJDUMP), Path(file.name)).values()
+        (code,) = machine_code(str(CUOBJDUMP), Path(file.name)).values()
+    ops = counted(code)
     return int(found[1]), ops["LDL"] + ops["STL"], sum(ops[name] for name in TENSOR_CORES)
 
 
