@@ -24,7 +24,6 @@ constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kTaskLogits = int64_t(1) << 16;
 // Gradients at least this large, in a buffer of their own, are written past the caches.
 constexpr int64_t kStreamBytes = int64_t(4) << 20;
-constexpr int64_t kHugePageBytes = int64_t(2) << 20;
 
 struct RowStats {
   float max = -FLT_MAX;  // of z; finite even if all are −inf so far: −inf − max must not be NaN
@@ -223,16 +222,6 @@ void one_row(const CrossEntropyParams& p, int64_t r, bool past_caches) {
     const float smooth = kRich ? s * (row.weight * p_y - weight) : 0.0f;
     from_float(slope * (t * std::expm1(-nll) + smooth + u * p_y), dx + target);
   }
-}
-
-// Asks for huge pages under a fresh gradient: faulting 4 KiB pages in costs more than the kernel.
-inline void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t first =
-      (reinterpret_cast<uintptr_t>(begin) + kHugePageBytes - 1) & -kHugePageBytes;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) & -kHugePageBytes;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 template <bool kRich, class T>

@@ -16,10 +16,6 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "elements.h"
 #include "kernels.h"
 #include "kv_cache.h"

@@ -95,6 +95,9 @@ static void run(const MatmulParams& p, const Pool& pool) {
     int64_t& larger = block_rows > block_cols ? block_rows : block_cols;
     larger = round_up(ceil_div(larger, 2), kTileQ);
   }
+  if (!p.accumulate && p.c_row == p.cols) {
+    advise_huge_pages(p.c, p.rows * p.cols * int64_t(sizeof(float)));
+  }
   const int64_t across = ceil_div(p.cols, block_cols);
   pool.run(tasks(), [&](int64_t task) {
     [[maybe_unused]] const FlushDenormals flush;
