@@ -60,8 +60,7 @@ print(time.process_time() - start, *(set(sys.modules) - before))
             break
     assert min(seconds) < 0.3
     roots = {name.split(".")[0] for name in modules}
-    # Not triton: torch.utils.flop_counter, where our formulas go, imports it where it is installed.
-    unwanted = {"matplotlib", "tyro", "rich", "transformers", "safetensors", "tiktoken"}
+    unwanted = {"matplotlib", "tyro", "rich", "transformers", "triton", "safetensors", "tiktoken"}
     assert not roots & (unwanted | {"tensorboard", "scipy", "pandas"})
     assert not {"fastattn.gpt", "fastattn.backend_cpu", "fastattn.kernels"} & set(modules)
 
