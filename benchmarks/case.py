@@ -140,10 +140,16 @@ def our_peers(suites: frozenset[str], prepare: Callable, features: frozenset[str
             prepare=prepare(row.name),
             features=features,
             backend=row.name,
-            unfit=lambda case, row=row: row.unusable(),
+            unfit=lambda case, row=row: row.unusable() or _only_imitated(row),
         )
         for row in backends.TABLE
     ]
+
+
+def _only_imitated(row: backends.Backend) -> str | None:
+    if row.name in ("cuda", "triton") and not torch.cuda.is_available():
+        return "there is no GPU, only an emulator or interpreter"
+    return None
 
 
 def short(dtype: torch.dtype | str) -> str:

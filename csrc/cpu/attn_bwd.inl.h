@@ -75,7 +75,10 @@ static void backprop(const AttnFwdParams& p, const BwdTile<E>& tile, Range queri
   float *dk = grads.dk + keys.begin * ld_k, *dv = grads.dv + keys.begin * ld_v;
   const auto* k = block.k.values(first);
   const int64_t stride = block.k.values_stride();
-  if (Scores::kHides && !(tile.finite && all_finite(k, stride, count, p.head_dim))) {
+  const bool clean =
+      (!Scores::kHides || (tile.finite && all_finite(k, stride, count, p.head_dim))) &&
+      partners_finite(block.k, first, count, block.keys.size(), p.head_dim);
+  if (!clean) {
     multiply_add_seen<V>(count, queries.size(), ld_v, probs, dout_rows, dv, scores);
     multiply_add_seen<V>(count, queries.size(), ld_k, dprobs, q_rows, dk, scores);
     multiply_add_visible<V>(p.head_dim, count, k, stride, dprobs, tile.dq + lane0, scores);

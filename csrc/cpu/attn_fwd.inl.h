@@ -74,7 +74,8 @@ static void attend(const AttnFwdParams& p, const FwdTile<E>& tile, Range queries
   float* out = tile.out + lane0;
   const auto* values = block.v.values(first);
   const int64_t stride = block.v.values_stride();
-  const bool clean = !Scores::kHides || all_finite(values, stride, count, p.head_dim_v);
+  const bool clean = (!Scores::kHides || all_finite(values, stride, count, p.head_dim_v)) &&
+                     partners_finite(block.v, first, count, block.keys.size(), p.head_dim_v);
   operand.template pack_across<V>(probs, count, first);
   multiply<V>(p.head_dim_v, clean ? operand.depth(count, first) : 0, block.v.columns(first),
               operand.across, kTileQ, out, kTileQ, RescaleAndAdd<V>{rescale});

@@ -44,6 +44,17 @@ struct Rows {
   }
 };
 
+// Whether rows [first, first + count) of `rows` can be multiplied as columns: pairs at their ends
+// may hold a row that is not theirs, and a weight of 0 keeps no NaN out.
+template <class E>
+static bool partners_finite(const Rows<E>& x, int64_t first, int64_t count, int64_t rows,
+                            int64_t cols) {
+  if constexpr (!kPairs<E>) return true;
+  const int64_t end = first + count, stride = x.values_stride();
+  const bool before = first % 2 == 0 || all_finite(x.values(first - 1), stride, 1, cols);
+  return before && (end % 2 == 0 || end == rows || all_finite(x.values(end), stride, 1, cols));
+}
+
 template <class E>
 static E* take(Scratch& scratch, int64_t count) {
   return reinterpret_cast<E*>(scratch.take(count));  // E is as large as a float

@@ -1,0 +1,59 @@
+"""The CPU kernels' attention where values are no numbers; in every dtype: bf16 may go in pairs."""
+
+from __future__ import annotations
+
+import math
+
+import cpu_isa
+import public
+import pytest
+import torch
+
+from fastattn import library, reference
+from fastattn.cases import Case, make_problem
+from fastattn.testing import to_float64
+
+pytestmark = pytest.mark.skipif(library.load_error() is not None, reason="no kernels")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Odd lengths and an odd head dim leave elements without a partner; windows and a mask hide.
+CASES = (
+    Case("causal", (1, 65, 65), (2, 2), 16, window=(-1, 0)),
+    Case("window", (1, 37, 71), (2, 1), 9, 5, window=(7, 3)),
+    Case("mask", (1, 3, 5), (2, 2), 16, mask="11qk"),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_hidden_values_reach_nobody(
+    case: Case, where: str, value: float, dtype: torch.dtype
+) -> None:
+    """What comes out, forward and backward, is a number wherever the specification says so."""
+    p = make_problem(case, dtype)
+    if p.mask is not None:
+        mask = torch.ones_like(p.mask)
+        mask[..., 1] = False  # no query sees key 1
+        p = p._replace(mask=mask)
+    bad = getattr(p, where).clone()
+    bad[0, 1, 0, 3] = value
+    p = p._replace(**{where: bad})
+    out, lse = public.attention(p, "cpu")
+    out64, lse64 = reference.attention(to_float64(p))
+    assert torch.equal(out.isfinite(), out64.isfinite())
+    assert torch.equal(lse.isfinite(), lse64.isfinite())
+
+    leaves = [t.detach().clone().requires_grad_() for t in (p.q, p.k, p.v)]
+    spoiled, _ = public.attention(p._replace(q=leaves[0], k=leaves[1], v=leaves[2]), "cpu")
+    grads = torch.autograd.grad(spoiled, leaves, torch.ones_like(spoiled))
+    leaves64 = [t.detach().double().requires_grad_() for t in leaves]
+    p64 = to_float64(p)._replace(q=leaves64[0], k=leaves64[1], v=leaves64[2])
+    grads64 = torch.autograd.grad(reference.attention(p64)[0], leaves64, torch.ones_like(out64))
+    for name, ours, exact in zip("qkv", grads, grads64, strict=True):
+        assert not (~ours.isfinite() & exact.isfinite()).any(), f"d{name}"
+
+
+@pytest.mark.parametrize("isa", cpu_isa.others())
+def test_every_instruction_set(isa: str) -> None:
+    cpu_isa.run_file(__file__, isa, "not instruction_set")
