@@ -36,7 +36,7 @@ BUDGET = {
     "attn_bwd_dkv_kernel": Budget(255, tensor_cores=True),
     "attn_bwd_dq_kernel": Budget(255, tensor_cores=True),
     "attn_bwd_dq_store_kernel": Budget(64),
-    "attn_bwd_dsinks_kernel": Budget(64),
+    "attn_bwd_dsinks_kernel": Budget(72),
     "attn_bwd_prep_kernel": Budget(64),
     "attn_bwd_sm90_kernel": Budget(168, wgmma_groups=5),
     "attn_fwd_fp32_kernel": Budget(255),
