@@ -2,8 +2,8 @@
 
 The matrix products are torch's or the backend's, and the step between them is its cross-entropy
 kernel, which leaves the logits' gradient in the logits' place. Logits and gradients are summed in
-fp32 whatever the inputs' dtype, and torch's products are computed in it too: without matrix units
-the fp32 product is the faster one on CPUs (measured twice as fast as bf16's on Intel's).
+fp32 whatever the inputs' dtype. On CPUs torch's products are computed in it too: without matrix
+units the fp32 product is the faster one (measured twice as fast as bf16's on Intel's).
 """
 
 from __future__ import annotations

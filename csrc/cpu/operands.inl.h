@@ -44,8 +44,8 @@ struct Rows {
   }
 };
 
-// Whether rows [first, first + count) of `rows` can be multiplied as columns: pairs at their ends
-// may hold a row that is not theirs, and a weight of 0 keeps no NaN out.
+// Whether rows [first, first + count) of a block of `rows` can be multiplied as columns: a pair at
+// their ends may hold a row that is not theirs, and a weight of 0 keeps no NaN out.
 template <class E>
 static bool partners_finite(const Rows<E>& x, int64_t first, int64_t count, int64_t rows,
                             int64_t cols) {
