@@ -133,7 +133,7 @@ def in_readme(text: str, kinds: Kinds) -> str:
 
 
 def readme_tables(kinds: Kinds) -> str:
-    """A table a kind of machine, of the most telling cases (rank 0)."""
+    """A table of the most telling cases (rank 0) a kind of machine: the newest, others folded."""
     parts = []
     for files in kinds.values():
         rows, used = [], []
@@ -141,13 +141,27 @@ def readme_tables(kinds: Kinds) -> str:
             telling = [r for r in document["results"] if r["rank"] == 0 and results.ratio(r)]
             rows += [(SUITES.index(r["suite"]), readme_row(r)) for r in telling]
             used += [document] if telling else []
-        if rows:
-            rows.sort(key=lambda pair: pair[0])
-            header = ["", "case", "", "ms", "peer's", "**×**", "floor", "error", "peer's"]
-            header += ["MiB", "peer's"]
-            table = markdown(header, [row for _, row in rows], right=3)
-            parts.append(table + "".join(f"\n\n*{conditions(d)}.*" for d in used))
+        if not rows:
+            continue
+        rows.sort(key=lambda pair: pair[0])
+        header = ["", "case", "", "ms", "peer's", "**×**", "floor", "error", "peer's"]
+        header += ["MiB", "peer's"]
+        table = markdown(header, [row for _, row in rows], right=3)
+        table += "".join(f"\n\n*{conditions(d)}.*" for d in used)
+        if parts:
+            title = plots.title(files[0][1])
+            table = f"<details>\n<summary>{title}</summary>\n\n{table}\n\n</details>"
+        else:
+            table += readme_picture(files)
+        parts.append(table)
     return "\n\n".join(parts)
+
+
+def readme_picture(files: list[tuple[Path, Document]]) -> str:
+    """The newest of the first suite that was drawn."""
+    drawn = (plots.picture_path(path, SUITES[0]) for path, _ in files)
+    found = next((path for path in drawn if path.exists()), None)
+    return f"\n\n![{SUITES[0]}]({os.path.relpath(found, ROOT)})" if found else ""
 
 
 def readme_row(result: dict) -> list[str]:

@@ -131,6 +131,16 @@ def test_the_readme_gets_its_table(tmp_path):
     assert "minor" not in text and "registers 0.5" in text and "memory 30 GB/s" in text
 
 
+def test_the_readme_shows_the_newest_machine_and_folds_the_others(tmp_path):
+    new, old = document(result()), document(result(), kind="intel", date="2026-01-01")
+    old["machine"]["cpu"] = "An old one"
+    plots.draw(new, tmp_path / "new.json")
+    files = [(tmp_path / "old.json", old), (tmp_path / "new.json", new)]
+    shown, folded = report.readme_tables(results.by_kind(files)).split("<details>")
+    assert "A CPU" in shown and "new-attention-fwd.png)" in shown
+    assert "<summary>An old one, 2 threads, avx512</summary>" in folded and ".png" not in folded
+
+
 def test_the_performance_page_has_everything(tmp_path):
     train = result("GPT", "train-step", tokens=1000)
     path = tmp_path / "a.json"
