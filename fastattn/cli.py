@@ -40,10 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastattn: no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        return run(name, rest)
+        status = run(name, rest)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `fastattn … | head`: the reader has seen enough
+        # What is buffered would raise once more when Python flushes it at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("FASTATTN_TRACEBACK"):
             raise

@@ -87,8 +87,8 @@ def read_config(folder: str | os.PathLike[str], dropout: float | None = None) ->
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(
-            f"from_pretrained takes a folder, and {os.fspath(folder)!r} is none. Nothing is "
-            "downloaded here; for a model of the Hugging Face hub first run, for example, "
+            f"there is no folder {os.fspath(folder)!r}. Nothing is downloaded here; for a model of "
+            "the Hugging Face hub first run, for example, "
             "`hf download openai-community/gpt2 --local-dir gpt2`"
         )
     path = Path(folder, CONFIG)

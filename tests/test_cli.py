@@ -1,5 +1,6 @@
 """The command line: every command once on a tiny run, help, refusals and exit statuses."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -225,3 +226,12 @@ def test_python_dash_m():
         [sys.executable, "-m", "fastattn", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("fastattn 0.")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fastattn", "info"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -87,7 +87,7 @@ def test_names_and_layout_variants_load_alike(saved):
 
 
 def test_a_name_is_no_folder():
-    with pytest.raises(FileNotFoundError, match=r"'no-such-gpt2' is none.*hf download"):
+    with pytest.raises(FileNotFoundError, match=r"no folder 'no-such-gpt2'.*hf download"):
         GPT.from_pretrained("no-such-gpt2")
 
 
