@@ -20,9 +20,15 @@ from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
 
 
 def unusable() -> str | None:
-    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    if os.environ.get("TRITON_INTERPRET") != "1" and not _has_gpu():
         return "there is no GPU"  # said without importing triton
     return _no_triton()
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    """Asking the driver takes microseconds, and this is asked at every call."""
+    return torch.cuda.is_available()
 
 
 @functools.cache
@@ -58,20 +64,31 @@ def refuses(p: Problem, asked: bool) -> str | None:
         return f"the tensors are on {first.device}, not a GPU"
     if not asked:
         return "it has not been proved on hardware yet; backend='triton' asks for it"
+    return _too_old(first.device)
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
     if torch.version.cuda is not None:
-        major, minor = torch.cuda.get_device_capability(first.device)
+        major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"Triton has no tensor core products for sm_{major}{minor}, only from sm_80 on"
     return None
 
 
+@functools.cache
 def _kernels(module: str) -> ModuleType:
     return importlib.import_module(f".kernels.{module}", __package__)
 
 
+_HERE: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+
 def _on_device_of(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device; changing it takes a microsecond."""
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return _HERE
 
 
 def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastattn.philox import keep_threshold
 from fastattn.problem import AttentionProblem, DecodeProblem
 
-from .configs import Work, next_power_of_2
+from .configs import Tile, Work, next_power_of_2
 from .primitives import Heads, Lengths, ScoreMods, Scores, Window
 
 
@@ -42,6 +44,10 @@ def padded(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
+def batch_of(p: AttentionProblem) -> int:
+    return p.q.shape[0] if p.cu_seqlens_q is None else p.cu_seqlens_q.shape[0] - 1
+
+
 def lengths_of(p: AttentionProblem) -> Lengths:
     if p.packed:
         return Lengths(p.max_seqlen_q, p.max_seqlen_k, p.cu_seqlens_q, p.cu_seqlens_k)
@@ -72,6 +78,21 @@ def work_of(q: Tensor, head_dim_v: int, mods: ScoreMods) -> Work:
     options = mods.scale is not None or mods.seed is not None
     heavy = options or any(head_dim != padded(head_dim) for head_dim in head_dims)
     return Work(q.dtype, padded(max(head_dims)), heavy)
+
+
+def constants_of(q: Tensor, v: Tensor, tile: Tile) -> dict[str, Any]:
+    """Those that every attention kernel has."""
+    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
+    return {
+        "GROUP_SIZE": q.shape[-2] // v.shape[-2],
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": padded(head_dim),
+        "BLOCK_DV": padded(head_dim_v),
+        "PRECISION": precision_of(q.dtype),
+    }
 
 
 def precision_of(dtype: torch.dtype) -> str:

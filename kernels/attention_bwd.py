@@ -11,6 +11,8 @@ come out as operands of the next product. S is computed twice; in return nothing
 programs.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,17 +22,18 @@ from fastattn.problem import AttentionProblem, last_stride_one
 
 from . import configs
 from .arguments import (
+    batch_of,
+    constants_of,
     heads_of,
     lengths_of,
     mods_of,
-    padded,
-    precision_of,
     rows_of,
     scores_of,
     window_of,
     work_of,
 )
-from .configs import cdiv
+from .configs import Tile, cdiv
+from .launch import Launch, launcher
 from .primitives import (
     LOG2E,
     Place,
@@ -266,6 +269,81 @@ def add_dkv(
     return dk_acc, dv_acc
 
 
+# --- launches -------------------------------------------------------------------------------------
+
+
+class Gradients(NamedTuple):
+    """What the kernels read besides the problem and what they write; delta is between them."""
+
+    out: Tensor
+    lse: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+    delta: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None  # fp32; zeros
+    bias_is_shared: bool  # an element of dbias belongs to several scores
+
+
+def _work(p: AttentionProblem) -> configs.Work:
+    return work_of(p.q, p.v.shape[-1], mods_of(p))
+
+
+@launcher(lambda p, *_: configs.attention_bwd_dq(_work(p)), tuned=True)
+def _dq(tile: Tile, p: AttentionProblem, *gradients: Any) -> Launch:
+    g, packed, lengths, heads = Gradients(*gradients), p.packed, lengths_of(p), p.q.shape[-2]
+    m_blocks = cdiv(lengths.q, tile.block_m)
+    arguments = (
+        heads_of(p.q, packed),
+        heads_of(p.k, packed),
+        heads_of(p.v, packed),
+        heads_of(g.out, packed),
+        heads_of(g.dout, packed),
+        heads_of(g.dq, packed),
+        rows_of(g.lse, packed),
+        None if g.dlse is None else rows_of(g.dlse, packed),
+        rows_of(g.delta, packed),
+        scores_of(g.dbias),
+        lengths,
+        window_of(p),
+        mods_of(p),
+        p.scale,
+        heads,
+        m_blocks,
+    )
+    constants = constants_of(p.q, p.v, tile) | {"BIAS_IS_SHARED": g.bias_is_shared}
+    programs = m_blocks * heads * batch_of(p)
+    return Launch(attn_bwd_dq_kernel, programs, arguments, constants, tile)
+
+
+@launcher(lambda p, *_: configs.attention_bwd_dkv(_work(p)), tuned=True)
+def _dkv(tile: Tile, p: AttentionProblem, *gradients: Any) -> Launch:
+    g, packed, lengths, heads_k = Gradients(*gradients), p.packed, lengths_of(p), p.k.shape[-2]
+    n_blocks = cdiv(lengths.k, tile.block_m)
+    arguments = (
+        heads_of(p.q, packed),
+        heads_of(p.k, packed),
+        heads_of(p.v, packed),
+        heads_of(g.dout, packed),
+        heads_of(g.dk, packed),
+        heads_of(g.dv, packed),
+        rows_of(g.lse, packed),
+        rows_of(g.delta, packed),
+        lengths,
+        window_of(p),
+        mods_of(p),
+        p.scale,
+        heads_k,
+        n_blocks,
+    )
+    keys_kept = tile._replace(block_m=tile.block_n, block_n=tile.block_m)
+    constants = constants_of(p.q, p.v, keys_kept)
+    programs = n_blocks * heads_k * batch_of(p)
+    return Launch(attn_bwd_dkv_kernel, programs, arguments, constants, tile)
+
+
 def attn_bwd(
     p: AttentionProblem,
     out: Tensor,
@@ -276,83 +354,25 @@ def attn_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, and dbias and dsinks where p has them. Atomics add up the gradient of a shared
     bias, in no fixed order; to be deterministic it is first made for every score."""
-    packed, lengths, window, mods = p.packed, lengths_of(p), window_of(p), mods_of(p)
-    heads, head_dim = p.q.shape[-2:]
-    heads_k, head_dim_v = p.v.shape[-2:]
-    batch = p.cu_seqlens_q.shape[0] - 1 if packed else p.q.shape[0]  # type: ignore[union-attr]
     # Tokens behind the last packed sequence are no program's.
-    dq, dk, dv = (t.new_zeros(t.shape) if packed else t.new_empty(t.shape) for t in p[:3])
-    delta = torch.zeros_like(lse) if packed else torch.empty_like(lse)
-    dout = last_stride_one(dout)
+    dq, dk, dv = (t.new_zeros(t.shape) if p.packed else t.new_empty(t.shape) for t in p[:3])
+    delta = torch.zeros_like(lse) if p.packed else torch.empty_like(lse)
     dbias, shared = None, False
     if p.bias is not None:
         shape = p.scores_shape
         shared = p.bias.shape != shape and not deterministic
         dbias = p.bias.new_zeros(p.bias.shape if shared else shape, dtype=torch.float32)
-    work = work_of(p.q, head_dim_v, mods)
-    common = {
-        "GROUP_SIZE": heads // heads_k,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim_v,
-        "BLOCK_D": padded(head_dim),
-        "BLOCK_DV": padded(head_dim_v),
-        "PRECISION": precision_of(p.q.dtype),
-    }
-    q, k, v, dout_heads = (heads_of(t, packed) for t in (p.q, p.k, p.v, dout))
-    tile = configs.attention_bwd_dq(work)
-    m_blocks = cdiv(lengths.q, tile.block_m)
-    if programs := m_blocks * heads * batch:
-        attn_bwd_dq_kernel[(programs,)](
-            q,
-            k,
-            v,
-            heads_of(out, packed),
-            dout_heads,
-            heads_of(dq, packed),
-            rows_of(lse, packed),
-            None if dlse is None else rows_of(dlse, packed),
-            rows_of(delta, packed),
-            scores_of(dbias),
-            lengths,
-            window,
-            mods,
-            p.scale,
-            heads,
-            m_blocks,
-            BIAS_IS_SHARED=shared,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            **common,
-            **tile.options,
-        )
-    tile = configs.attention_bwd_dkv(work)
-    n_blocks = cdiv(lengths.k, tile.block_m)
-    if programs := n_blocks * heads_k * batch:
-        attn_bwd_dkv_kernel[(programs,)](
-            q,
-            k,
-            v,
-            dout_heads,
-            heads_of(dk, packed),
-            heads_of(dv, packed),
-            rows_of(lse, packed),
-            rows_of(delta, packed),
-            lengths,
-            window,
-            mods,
-            p.scale,
-            heads_k,
-            n_blocks,
-            BLOCK_M=tile.block_n,
-            BLOCK_N=tile.block_m,
-            **common,
-            **tile.options,
-        )
-    dsinks = None
-    if p.sinks is not None:
-        weights = torch.exp(p.sinks[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
-        dsinks = -(weights * delta).sum(-1)
-        dsinks = dsinks if packed else dsinks.sum(0)
+    g = Gradients(out, lse, last_stride_one(dout), dlse, delta, dq, dk, dv, dbias, shared)
+    _dq(p, *g)
+    _dkv(p, *g)
     if p.bias is not None and dbias is not None:
         dbias = dbias.sum_to_size(p.bias.shape).to(p.bias.dtype)
-    return dq, dk, dv, dbias, dsinks
+    return dq, dk, dv, dbias, _dsinks(p, lse, delta)
+
+
+def _dsinks(p: AttentionProblem, lse: Tensor, delta: Tensor) -> Tensor | None:
+    if p.sinks is None:
+        return None
+    weights = torch.exp(p.sinks[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+    dsinks = -(weights * delta).sum(-1)
+    return dsinks if p.packed else dsinks.sum(0)

@@ -21,11 +21,13 @@ from fastattn.problem import DecodeProblem
 from fastattn.rotary import rotate_queries
 
 from . import configs
-from .arguments import heads_of, mods_of, padded, precision_of, rows_of, window_of, work_of
-from .configs import cdiv, next_power_of_2
+from .arguments import constants_of, heads_of, mods_of, padded, rows_of, window_of, work_of
+from .configs import Tile, cdiv, next_power_of_2
+from .launch import Launch, launcher
 from .primitives import (
     LN2,
     LOG2E,
+    Heads,
     Place,
     add_sink,
     blocks_seen,
@@ -252,11 +254,8 @@ def attn_decode_combine_kernel(
 # --- launches -------------------------------------------------------------------------------------
 
 
-def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
-    """(out, lse), after the append to p's caches."""
-    batch, seqlen_q, heads, head_dim = p.q.shape
-    heads_k, head_dim_v = p.v_cache.shape[-2:]
-    cache = Cache(
+def cache_of(p: DecodeProblem) -> Cache:
+    return Cache(
         k=heads_of(p.k_cache, False),
         v=heads_of(p.v_cache, False),
         seqlens=p.cache_seqlens,
@@ -267,92 +266,115 @@ def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
         rows=p.cache_batch_idx,
         leftpad=p.cache_leftpad,
     )
-    _append(p, cache)
-    q = rotate_queries(p)
-    out = q.new_empty((batch, seqlen_q, heads, head_dim_v))
-    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    mods = mods_of(p)
-    rows, group_size = batch * seqlen_q * heads, heads // heads_k
-    tile = configs.attention_decode(work_of(q, head_dim_v, mods), seqlen_q * group_size)
-    tiles = cdiv(seqlen_q * group_size, tile.block_m)
-    blocks = cdiv(_capacity(p), tile.block_n)
-    splits = min(p.num_splits or configs.splits(tiles * heads_k * batch, blocks), max(blocks, 1))
-    out_heads, lse_heads = heads_of(out, False), rows_of(lse, False)
-    if splits > 1:
-        outs = q.new_empty((splits, batch, seqlen_q, heads, head_dim_v), dtype=torch.float32)
-        lses = q.new_empty((splits, batch, seqlen_q, heads), dtype=torch.float32)
-        out_heads, lse_heads = (heads_of(x[0], False)._replace(data=x) for x in (outs, lses))
-    attn_decode_kernel[(splits * tiles * heads_k * batch,)](
-        heads_of(q, False),
-        cache,
-        out_heads,
-        rows * head_dim_v,
-        lse_heads,
-        rows,
+
+
+def _tile(p: DecodeProblem, *_: Any) -> Tile:
+    seqlen_q, heads = p.q.shape[1:3]
+    heads_k, head_dim_v = p.v_cache.shape[-2:]
+    work = work_of(p.q, head_dim_v, mods_of(p))
+    return configs.attention_decode(work, seqlen_q * (heads // heads_k))
+
+
+def _one_row(*_: Any) -> Tile:
+    return configs.ONE_ROW
+
+
+@launcher(_tile, tuned=True)
+def _decode(tile: Tile, p: DecodeProblem, outs: Tensor, lses: Tensor, splits: int) -> Launch:
+    """outs (splits, B, S_q, H_q, D_v), and lses (splits, B, H_q, S_q) of whatever strides."""
+    batch, seqlen_q, heads, _ = p.q.shape
+    heads_k = p.v_cache.shape[-2]
+    tiles = cdiv(seqlen_q * (heads // heads_k), tile.block_m)
+    arguments = (
+        heads_of(p.q, False),
+        cache_of(p),
+        Heads(outs, *outs.stride()[1:4]),
+        outs.stride(0),
+        Heads(lses, lses.stride(1), lses.stride(3), lses.stride(2)),
+        lses.stride(0),
         p.sinks if splits == 1 else None,
         window_of(p),
-        mods,
+        mods_of(p),
         seqlen_q,
         heads_k,
         tiles,
         splits,
-        GROUP_SIZE=group_size,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_V=head_dim_v,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=padded(head_dim),
-        BLOCK_DV=padded(head_dim_v),
-        PRECISION=precision_of(q.dtype),
-        **tile.options,
     )
-    if splits > 1:
-        attn_decode_combine_kernel[(rows,)](
-            outs,
-            lses,
-            out,
-            rows_of(lse, False),
-            p.sinks,
-            rows,
-            seqlen_q,
-            heads,
-            splits,
-            HEAD_DIM_V=head_dim_v,
-            BLOCK_SPLITS=next_power_of_2(splits),
-            BLOCK_DV=padded(head_dim_v),
-            **configs.ONE_ROW.options,
-        )
-    return out, lse
+    programs = splits * tiles * heads_k * batch
+    constants = constants_of(p.q, p.v_cache, tile)
+    return Launch(attn_decode_kernel, programs, arguments, constants, tile)
 
 
-def _capacity(p: DecodeProblem) -> int:
-    """The most keys a sequence may have: how many it has is on the GPU."""
-    return p.k_cache.shape[1] * (1 if p.block_table is None else p.block_table.shape[1])
+@launcher(_one_row)
+def _combine(
+    tile: Tile, p: DecodeProblem, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor
+) -> Launch:
+    splits, _, seqlen_q, heads, head_dim_v = outs.shape
+    rows = lse.numel()
+    arguments = (outs, lses, out, rows_of(lse, False), p.sinks, rows, seqlen_q, heads, splits)
+    constants = {
+        "HEAD_DIM_V": head_dim_v,
+        "BLOCK_SPLITS": next_power_of_2(splits),
+        "BLOCK_DV": padded(head_dim_v),
+    }
+    return Launch(attn_decode_combine_kernel, rows, arguments, constants, tile)
 
 
-def _append(p: DecodeProblem, cache: Cache) -> None:
-    if p.k is None or p.v is None or p.k.shape[0] * p.k.shape[1] == 0:
-        return
+@launcher(_one_row)
+def _append(tile: Tile, p: DecodeProblem) -> Launch:
+    assert p.k is not None and p.v is not None
     batch, seqlen_new, heads_k, head_dim = p.k.shape
     pairs = 0 if p.rotary_cos is None else p.rotary_cos.shape[1]
     cos, sin = (p.rotary_cos, p.rotary_sin) if pairs else (None, None)
-    cache_append_kernel[(batch * seqlen_new * heads_k,)](
+    arguments = (
         heads_of(p.k, False),
         heads_of(p.v, False),
-        cache,
+        cache_of(p),
         cos,
         sin,
         0 if cos is None else cos.stride(0),
         0 if sin is None else sin.stride(0),
         heads_k,
-        INTERLEAVED=p.rotary_interleaved,
-        ROTARY_PAIRS=pairs,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_V=p.v.shape[-1],
-        BLOCK_R=next_power_of_2(max(pairs, 1)),
-        BLOCK_D=next_power_of_2(head_dim),
-        BLOCK_DV=next_power_of_2(p.v.shape[-1]),
-        **configs.ONE_ROW.options,
     )
+    constants = {
+        "INTERLEAVED": p.rotary_interleaved,
+        "ROTARY_PAIRS": pairs,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": p.v.shape[-1],
+        "BLOCK_R": next_power_of_2(max(pairs, 1)),
+        "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_DV": next_power_of_2(p.v.shape[-1]),
+    }
+    return Launch(cache_append_kernel, batch * seqlen_new * heads_k, arguments, constants, tile)
+
+
+def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
+    """(out, lse), after the append to p's caches."""
+    if p.k is not None:
+        _append(p)
+    p = p._replace(q=rotate_queries(p))
+    batch, seqlen_q, heads, _ = p.q.shape
+    head_dim_v = p.v_cache.shape[-1]
+    out = p.q.new_empty((batch, seqlen_q, heads, head_dim_v))
+    lse = p.q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    if (splits := _splits(p)) == 1:
+        _decode(p, out[None], lse[None], 1)
+    else:
+        outs = p.q.new_empty((splits, *out.shape), dtype=torch.float32)
+        lses = p.q.new_empty((splits, batch, seqlen_q, heads), dtype=torch.float32)
+        _decode(p, outs, lses.transpose(2, 3), splits)
+        _combine(p, outs, lses, out, lse)
+    return out, lse
+
+
+def _splits(p: DecodeProblem) -> int:
+    """How many programs share the keys of a head; the most keys that a sequence may have count, for
+    how many it has is on the GPU."""
+    batch, seqlen_q, heads, _ = p.q.shape
+    heads_k, tile = p.v_cache.shape[-2], _tile(p)
+    tiles = cdiv(seqlen_q * (heads // heads_k), tile.block_m)
+    capacity = p.k_cache.shape[1] * (1 if p.block_table is None else p.block_table.shape[1])
+    blocks = cdiv(capacity, tile.block_n)
+    return min(p.num_splits or configs.splits(tiles * heads_k * batch, blocks), max(blocks, 1))

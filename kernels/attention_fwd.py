@@ -19,16 +19,17 @@ from fastattn.problem import AttentionProblem
 
 from . import configs
 from .arguments import (
+    batch_of,
+    constants_of,
     heads_of,
     lengths_of,
     mods_of,
-    padded,
-    precision_of,
     rows_of,
     window_of,
     work_of,
 )
-from .configs import cdiv
+from .configs import Tile, cdiv
+from .launch import Launch, launcher
 from .primitives import (
     LOG2E,
     add_sink,
@@ -181,42 +182,41 @@ def attend_one_by_one(
     store_rows(at_out, out_stride, rows, place.seqlen_q, acc, HEAD_DIM_V, BLOCK_DV)
 
 
+def _tile(p: AttentionProblem, *_: Tensor) -> Tile:
+    return configs.attention_fwd(work_of(p.q, p.v.shape[-1], mods_of(p)), lengths_of(p).q)
+
+
+@launcher(_tile, tuned=True)
+def _fwd(tile: Tile, p: AttentionProblem, out: Tensor, lse: Tensor) -> Launch:
+    packed, lengths, heads = p.packed, lengths_of(p), p.q.shape[-2]
+    m_blocks = cdiv(lengths.q, tile.block_m)
+    arguments = (
+        heads_of(p.q, packed),
+        heads_of(p.k, packed),
+        heads_of(p.v, packed),
+        heads_of(out, packed),
+        rows_of(lse, packed),
+        p.sinks,
+        lengths,
+        window_of(p),
+        mods_of(p),
+        heads,
+        m_blocks,
+    )
+    programs = m_blocks * heads * batch_of(p)
+    return Launch(attn_fwd_kernel, programs, arguments, constants_of(p.q, p.v, tile), tile)
+
+
 def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """(out, lse): out of q's dtype, contiguous."""
-    packed, lengths, mods = p.packed, lengths_of(p), mods_of(p)
-    tokens, heads, head_dim = p.q.shape[-3:]
-    head_dim_v = p.v.shape[-1]
-    if packed:  # tokens behind the last sequence are no program's
-        batch = p.cu_seqlens_q.shape[0] - 1  # type: ignore[union-attr]
-        out = p.q.new_zeros((tokens, heads, head_dim_v))
-        lse = p.q.new_full((heads, tokens), -torch.inf, dtype=torch.float32)
+    *outer, heads, _ = p.q.shape
+    out_shape = (*outer, heads, p.v.shape[-1])
+    if p.packed:  # tokens behind the last sequence are no program's
+        out = p.q.new_zeros(out_shape)
+        lse = p.q.new_full((heads, *outer), -torch.inf, dtype=torch.float32)
     else:
-        batch = p.q.shape[0]
-        out = p.q.new_empty((batch, tokens, heads, head_dim_v))
-        lse = p.q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    tile = configs.attention_fwd(work_of(p.q, head_dim_v, mods), lengths.q)
-    m_blocks = cdiv(lengths.q, tile.block_m)
-    if programs := m_blocks * heads * batch:
-        attn_fwd_kernel[(programs,)](
-            heads_of(p.q, packed),
-            heads_of(p.k, packed),
-            heads_of(p.v, packed),
-            heads_of(out, packed),
-            rows_of(lse, packed),
-            p.sinks,
-            lengths,
-            window_of(p),
-            mods,
-            heads,
-            m_blocks,
-            GROUP_SIZE=heads // p.k.shape[-2],
-            HEAD_DIM=head_dim,
-            HEAD_DIM_V=head_dim_v,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_D=padded(head_dim),
-            BLOCK_DV=padded(head_dim_v),
-            PRECISION=precision_of(p.q.dtype),
-            **tile.options,
-        )
+        batch, seqlen = outer
+        out = p.q.new_empty(out_shape)
+        lse = p.q.new_empty((batch, heads, seqlen), dtype=torch.float32)
+    _fwd(p, out, lse)
     return out, lse

@@ -21,6 +21,8 @@ from torch import Tensor
 from fastattn.problem import CrossEntropyProblem, last_stride_one
 
 from . import configs
+from .configs import Tile
+from .launch import Launch, launcher
 from .primitives import LN2, LOG2E, tanh
 
 LOWEST = tl.constexpr(-3.4e38)  # finite: −inf − LOWEST is no NaN
@@ -144,6 +146,45 @@ def weight_of(weight, columns, there):
         return tl.load(weight + columns, mask=there, other=0.0)
 
 
+# --- launches -------------------------------------------------------------------------------------
+
+
+def _tile(p: CrossEntropyProblem, *_: Tensor | None) -> Tile:
+    return configs.cross_entropy(p.logits.shape[1], p.label_smoothing > 0)
+
+
+@launcher(_tile)
+def _launch(
+    tile: Tile,
+    p: CrossEntropyProblem,
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    loss: Tensor | None,
+    lse: Tensor | None,
+    dlogits: Tensor | None,
+) -> Launch:
+    rows, vocab = p.logits.shape
+    arguments = (
+        p.logits,
+        p.logits.stride(0),
+        p.target,
+        p.weight,
+        dloss,
+        0 if dloss is None or dloss.dim() == 0 else dloss.stride(0),
+        dlse,
+        loss,
+        lse,
+        dlogits,
+        0 if dlogits is None else dlogits.stride(0),
+        vocab,
+        p.ignore_index,
+        p.label_smoothing or None,
+        p.z_loss or None,
+        p.softcap or None,
+    )
+    return Launch(cross_entropy_kernel, rows, arguments, {"BLOCK": tile.block_n}, tile)
+
+
 def cross_entropy_fwd(
     p: CrossEntropyProblem, dloss: Tensor | None, dlogits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -163,37 +204,3 @@ def cross_entropy_bwd(
     dlse = None if dlse is None else last_stride_one(dlse)
     _launch(p, dloss, dlse, None, None, dlogits)
     return dlogits
-
-
-def _launch(
-    p: CrossEntropyProblem,
-    dloss: Tensor | None,
-    dlse: Tensor | None,
-    loss: Tensor | None,
-    lse: Tensor | None,
-    dlogits: Tensor | None,
-) -> None:
-    rows, vocab = p.logits.shape
-    if rows == 0:
-        return
-    tile = configs.cross_entropy(vocab, p.label_smoothing > 0)
-    cross_entropy_kernel[(rows,)](
-        p.logits,
-        p.logits.stride(0),
-        p.target,
-        p.weight,
-        dloss,
-        0 if dloss is None or dloss.dim() == 0 else dloss.stride(0),
-        dlse,
-        loss,
-        lse,
-        dlogits,
-        0 if dlogits is None else dlogits.stride(0),
-        vocab,
-        p.ignore_index,
-        p.label_smoothing or None,
-        p.z_loss or None,
-        p.softcap or None,
-        BLOCK=tile.block_n,
-        **tile.options,
-    )

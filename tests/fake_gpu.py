@@ -1,16 +1,26 @@
 """A driver for Triton with an architecture and no GPU: it compiles kernels and launches nothing.
 
 Launchers then go their usual way with CPU tensors, and `compiled` has the machine code of each
-kernel that they would have run for the first time.
+kernel that they would have run for the first time. `started` does without the compiler too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import triton
+from fastattn.kernels import (
+    attention_bwd,
+    attention_decode,
+    attention_fwd,
+    cross_entropy,
+    interpreter,
+)
+from fastattn.kernels.launch import Launch, Launcher
 from triton.backends.compiler import GPUTarget
 
 # bytes that a block may have, by compute capability · 10
@@ -71,3 +81,37 @@ def use(arch: int) -> FakeDriver:
     driver = FakeDriver(arch)
     triton.runtime.driver.set_active(driver)
     return driver
+
+
+class Started(list[list[Any]]):
+    """The arguments of all launches, of kernels that nobody compiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.planned: list[Launch] = []  # launched for the first time
+
+    def run(self, first: Launch) -> Any:
+        self.planned.append(first)
+        self.append(first.all_arguments)
+        return {(first.programs, 1, 1): lambda *arguments: self.append(list(arguments))}
+
+
+@contextlib.contextmanager
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
+    """Launchers go their way as on an H100, from the start; also where the interpreter runs."""
+    started = Started()
+    forget_plans()
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter, "running", lambda: False)
+        patch.setattr(Launch, "run", lambda self: started.run(self))
+        use(90)
+        yield started
+    triton.runtime.driver.set_active(None)
+    forget_plans()
+
+
+def forget_plans() -> None:
+    for module in (attention_fwd, attention_bwd, attention_decode, cross_entropy):
+        for x in vars(module).values():
+            if isinstance(x, Launcher):
+                x.kept.clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
@@ -39,21 +39,64 @@ def test_the_gates_hold(tmp_path: Path) -> None:
     assert " 0 failed" in run([str(HERE / "triton_gates.py")], tmp_path)
 
 
-def test_a_launch_takes_little_time(tmp_path: Path) -> None:
-    """Python's share of a call, best of many: about 30 µs on a 2.8 GHz server processor."""
-    code = """
-import time, fake_gpu, torch
-from fastattn.kernels.attention_fwd import attn_fwd
+# Calls the operator as Python does, with CPU tensors and a driver that launches nothing. What the
+# driver's own launcher would take is Triton's C code; this one's quarter of a microsecond is in it.
+LAUNCHES = """
+import statistics, time, fake_gpu, torch
+from fastattn import backend_triton
 from fastattn.problem import AttentionProblem
+backend_triton.unusable = lambda: None
+backend_triton.refuses = lambda p, asked: None
 driver = fake_gpu.use(90)
-q = torch.empty(2, 1024, 8, 64, dtype=torch.bfloat16)
-p = AttentionProblem(q, q, q, window_right=0)
-best = 1.0
-for _ in range(300):
-    start = time.perf_counter()
-    attn_fwd(p)
-    best = min(best, time.perf_counter() - start)
-assert driver.launches == 300 and len(driver.compiled) == 1
+q, k, v = (torch.empty(2, 1024, 8, 64, dtype=torch.bfloat16) for _ in range(3))
+p = AttentionProblem(q, k, v, window_right=0)
+op, best, launches = torch.ops.fastattn.attn_fwd, 1.0, 0
+while launches < 20000 and best >= 25e-6:  # until the machine is quiet for a moment
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        op(*p, "triton")
+        times.append(time.perf_counter() - start)
+    launches += len(times)
+    best = min(best, statistics.median(times))
+assert driver.launches == launches and len(driver.compiled) == 1
 print(best)
 """
-    assert float(run(["-c", code], tmp_path)) < 100e-6
+
+
+def test_a_launch_takes_little_time(tmp_path: Path) -> None:
+    """Python's share of a call from the operator to the driver: about 17 µs on a 3 GHz server."""
+    assert float(run(["-c", LAUNCHES], tmp_path)) < 25e-6
+
+
+TUNING = """
+import fake_gpu, torch
+from fastattn.kernels import tuning
+from fastattn.kernels.attention_fwd import _fwd, attn_fwd
+from fastattn.problem import AttentionProblem
+tried = []
+def milliseconds(launch):
+    launch.run()
+    tried.append(launch.tile)
+    return -len(tried)
+tuning.milliseconds, tuning.device_name = milliseconds, lambda: "none"
+fake_gpu.use(120)
+q = torch.empty(2, 1024, 8, 64, dtype=torch.bfloat16)
+attn_fwd(AttentionProblem(q, q, q))
+((kernel, tiles),) = tuning._read(tuning.path_for("none")).items()
+print(kernel)
+print(list(tiles.values()) == [list(tried[-1])], len(tried))
+"""
+
+
+@pytest.mark.slow
+def test_neighbours_of_tiles_compile_or_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTATTN_TRITON_AUTOTUNE", "on")
+    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
+    kernel, tiles = run(["-c", TUNING], tmp_path).splitlines()
+    name, _, version, source = kernel.split()
+    assert (name, version, len(source)) == ("attn_fwd_kernel", triton.__version__, 16)
+    kept, tried = tiles.split()
+    assert kept == "True" and 3 <= int(tried) <= 7
