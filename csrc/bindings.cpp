@@ -74,8 +74,8 @@ AttnFwdParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v
                                const OptionalTensor& seed, const OptionalTensor& cu_seqlens_q,
                                const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q,
                                int64_t max_seqlen_k, int64_t window_left, int64_t window_right,
-                               double scale, double softcap, double dropout_p, const Tensor& out,
-                               const Tensor& lse) {
+                               double scale, double softcap, double dropout_p,
+                               const OptionalTensor& out, const Tensor& lse) {
   AttnFwdParams p{};
   const bool packed = cu_seqlens_q.has_value();
   const int64_t n = q.dim();
@@ -93,8 +93,10 @@ AttnFwdParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v
   p.q_stride = strides_of(q);
   p.k_stride = strides_of(k);
   p.v_stride = strides_of(v);
-  p.out = out.data_ptr();
-  p.out_stride = strides_of(out);
+  if (out) {
+    p.out = out->data_ptr();
+    p.out_stride = strides_of(*out);
+  }
   p.lse = static_cast<float*>(lse.data_ptr());
   p.lse_stride_batch = packed ? 0 : lse.stride(0);
   p.lse_stride_head = lse.stride(packed ? 0 : 1);
@@ -141,6 +143,11 @@ AttnFwdParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v
 
 void attn_fwd(Kernels& kernels, FASTATTN_ATTENTION_ARGS, Tensor out, Tensor lse) {
   kernels.attn_fwd(FASTATTN_ATTENTION_PARAMS);
+}
+
+void attn_entropy(Kernels& kernels, FASTATTN_ATTENTION_ARGS, const Tensor& lse, Tensor entropy) {
+  const OptionalTensor out;
+  kernels.attn_entropy({FASTATTN_ATTENTION_PARAMS, static_cast<float*>(entropy.data_ptr())});
 }
 
 void attn_bwd(Kernels& kernels, FASTATTN_ATTENTION_ARGS, const Tensor& out, const Tensor& lse,
@@ -364,6 +371,7 @@ struct Entry<op> {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTATTN_OPS, m) {
   m.def("attn_fwd(" FASTATTN_ATTENTION_SCHEMA "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attn_entropy(" FASTATTN_ATTENTION_SCHEMA "Tensor lse, Tensor(a!) entropy) -> ()");
   m.def("attn_bwd(" FASTATTN_ATTENTION_SCHEMA
         "Tensor out, Tensor lse, Tensor dout, Tensor? dlse, Tensor(a!) dq, Tensor(b!) dk, "
         "Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dsinks, bool deterministic) -> ()");
@@ -388,6 +396,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTATTN_OPS, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(FASTATTN_OPS, FASTATTN_KEY, m) {
   m.impl("attn_fwd", TORCH_BOX(&fastattn::Entry<&fastattn::attn_fwd>::call));
+  m.impl("attn_entropy", TORCH_BOX(&fastattn::Entry<&fastattn::attn_entropy>::call));
   m.impl("attn_bwd", TORCH_BOX(&fastattn::Entry<&fastattn::attn_bwd>::call));
   m.impl("attn_decode", TORCH_BOX(&fastattn::Entry<&fastattn::attn_decode>::call));
   m.impl("cache_append", TORCH_BOX(&fastattn::Entry<&fastattn::cache_append>::call));

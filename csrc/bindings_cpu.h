@@ -43,6 +43,7 @@ class Kernels {
   explicit Kernels(const Arguments&...) {}
 
   void attn_fwd(const AttnFwdParams& p) const { table_.attn_fwd(p, pool_); }
+  void attn_entropy(const AttnEntropyParams& p) const { table_.attn_entropy(p, pool_); }
   void attn_bwd(const AttnBwdParams& p) const { table_.attn_bwd(p, pool_); }
   void attn_decode(const AttnDecodeParams& p) const { table_.attn_decode(p, pool_); }
   void cache_append(const CacheAppendParams& p) const { table_.cache_append(p, pool_); }

@@ -65,6 +65,7 @@ class Kernels {
   explicit Kernels(Arguments&&... arguments) : call_(std::forward<Arguments>(arguments)...) {}
 
   void attn_fwd(const AttnFwdParams& p) { cuda::attn_fwd(p, call_.device()); }
+  void attn_entropy(const AttnEntropyParams& p) { cuda::attn_entropy(p, call_.device()); }
   void attn_bwd(const AttnBwdParams& p) {
     void* workspace = call_.workspace(cuda::attn_bwd_workspace(p, call_.device()));
     cuda::attn_bwd(p, workspace, call_.device());

@@ -60,6 +60,12 @@ struct AttnFwdParams {
   float dropout_scale;         // 1 / (1 - p), 0 for p = 1
 };
 
+// −Σ w · log w of each query's weights w, before dropout.
+struct AttnEntropyParams {
+  AttnFwdParams fwd;  // its lse is an input here; v and out are not looked at
+  float* entropy;     // laid out as lse
+};
+
 struct AttnBwdParams {
   AttnFwdParams fwd;  // its out and lse are inputs here
   const void* dout;

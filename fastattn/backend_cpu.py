@@ -12,6 +12,7 @@ from .products import TorchProducts
 
 _compiled = Compiled(lambda: torch.ops.fastattn_C)
 attn_fwd = _compiled.attn_fwd
+attn_entropy = _compiled.attn_entropy
 attn_bwd = _compiled.attn_bwd
 attn_decode = _compiled.attn_decode
 cross_entropy_fwd = _compiled.cross_entropy_fwd

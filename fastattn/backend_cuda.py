@@ -21,6 +21,7 @@ _compiled = Compiled(
     lambda: torch.ops.fastattn_emulated if library.emulated() else torch.ops.fastattn_cuda
 )
 attn_fwd = _compiled.attn_fwd
+attn_entropy = _compiled.attn_entropy
 attn_decode = _compiled.attn_decode
 cross_entropy_fwd = _compiled.cross_entropy_fwd
 cross_entropy_bwd = _compiled.cross_entropy_bwd

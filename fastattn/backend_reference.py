@@ -18,6 +18,7 @@ def refuses(p: Problem, asked: bool) -> None:
 
 
 attn_fwd = reference.attention
+attn_entropy = reference.attention_entropy
 attn_decode = reference.attention_decode
 
 

@@ -96,6 +96,11 @@ def attn_fwd(p: AttentionProblem) -> tuple[Tensor, Tensor]:
         return _kernels("attention_fwd").attn_fwd(p)
 
 
+def attn_entropy(p: AttentionProblem, lse: Tensor) -> Tensor:
+    with _on_device_of(p.q):
+        return _kernels("attention_entropy").attn_entropy(p, lse)
+
+
 def attn_bwd(
     p: AttentionProblem,
     out: Tensor,

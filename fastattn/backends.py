@@ -58,6 +58,10 @@ class Backend(NamedTuple):
         return self._load().attn_fwd
 
     @property
+    def attn_entropy(self) -> Callable[[AttentionProblem, Tensor], Tensor]:
+        return self._load().attn_entropy
+
+    @property
     def attn_bwd(
         self,
     ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:

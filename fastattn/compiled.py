@@ -30,6 +30,11 @@ class Compiled:
         self._ops().attn_fwd(*p, out, lse)
         return out, lse
 
+    def attn_entropy(self, p: AttentionProblem, lse: Tensor) -> Tensor:
+        entropy = torch.empty_like(lse)  # (B, H_q, S_q), contiguous
+        self._ops().attn_entropy(*p, lse, entropy)
+        return entropy
+
     def attn_bwd(
         self,
         p: AttentionProblem,

@@ -65,6 +65,11 @@ def _attn_fwd_fake(*args):
     return out, p.q.new_empty(lse_shape, dtype=validate.accumulator_dtype(p.q))
 
 
+def _attn_entropy(*args):
+    p, (lse, backend) = split(AttentionProblem, args)
+    return backends.choose(p, backend).attn_entropy(p, lse)
+
+
 def _attn_bwd(*args):
     p, (out, lse, dout, dlse, deterministic, backend) = split(AttentionProblem, args)
     grads = backends.choose(p, backend).attn_bwd(p, out, lse, dout, dlse, deterministic)
@@ -85,6 +90,13 @@ _define(
     f"({_ATTENTION}, str? backend) -> (Tensor out, Tensor lse)",
     _attn_fwd,
     _attn_fwd_fake,
+)
+# Of a dense problem's rows, before dropout, from their lse; v is not looked at.
+_define(
+    "attn_entropy",
+    f"({_ATTENTION}, Tensor lse, str? backend) -> Tensor entropy",
+    _attn_entropy,
+    lambda *args: torch.empty_like(split(AttentionProblem, args)[1][0]),
 )
 # dbias and dsinks are empty where the problem has no bias or sinks: schemas can't return None.
 _define(

@@ -33,6 +33,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_decode",
+    "attention_entropy",
     "cross_entropy",
     "cross_entropy_backward",
     "decode_sequences",
@@ -97,6 +98,16 @@ def attention_backward(
         None if p.bias is None else dscores.sum_to_size(p.bias.shape).to(p.bias.dtype),
         None if p.sinks is None else dsinks.to(p.sinks.dtype),
     )
+
+
+@without_autocast
+def attention_entropy(p: AttentionProblem, lse: Tensor) -> Tensor:
+    """−Σ w · log w of a dense problem's weights w = exp(s − lse), (B, H_q, S_q), lse's dtype."""
+    q, k, _ = _heads_first(p)
+    s, _ = _scores(p, q, k, visible_keys(p))
+    gap = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None] - s
+    weights = torch.exp(-gap)
+    return torch.where(weights == 0, 0.0, weights * gap).sum(-1)
 
 
 def _attention_dense(p: AttentionProblem, first_batch: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import reference, validate
+from . import backends, reference, validate
 from .attention import dense_problem
+from .autograd import transformed, wants_gradient
 from .problem import AttentionProblem
 
 if TYPE_CHECKING:
@@ -61,11 +62,8 @@ def attention_weights(
         As `attention`; ValueError for an lse of another shape, IndexError for a query, key or head
         that isn't there.
     """
-    options = (causal, window, scale, softcap, mask, bias, alibi_slopes, sinks, 0.0)
-    p = dense_problem(q, k, k, *options)
-    want = (p.q.shape[0], p.q.shape[2], p.q.shape[1])
-    if tuple(validate.tensor("lse", lse).shape) != want:
-        raise ValueError(f"lse must have shape (B, H_q, S_q) = {want}, got {tuple(lse.shape)}")
+    options = (causal, window, scale, softcap, mask, bias, alibi_slopes, sinks)
+    p, lse = _problem(q, k, lse, options)
     return weights_of(p, lse, rows, keys, heads)
 
 
@@ -76,30 +74,80 @@ def attention_entropy(
     *,
     rows: Selection = None,
     heads: Selection = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     block_bytes: int = 1 << 26,
-    **options: Any,
+    backend: str | None = None,
 ) -> Tensor:
     """How spread out each query's attention is: −Σ w · log w over the keys, in nats.
 
+    Comes from the backend's kernel, which keeps no weight. But where its gradient is wanted, or
+    some `rows` only, it is plain PyTorch over blocks of rows.
+
     Args:
-        q, k, lse, rows, heads, options: as in `attention_weights`.
-        block_bytes: weights that exist at a time: rows are gone through in blocks of that size.
+        block_bytes: weights that exist at a time in the latter.
+        backend: as in `attention`; not looked at by the latter.
+        The others are as in `attention_weights`.
 
     Returns:
         (B, heads, rows), fp32 (fp64 for fp64 q): 0 where one key has all the weight, or there is
         none to see; log(S_k) where all have the same.
 
     Raises:
-        As `attention_weights`.
+        As `attention_weights`; RuntimeError as `attention`, for the backend.
     """
-    validate.tensor("q", q, 4)
-    every = _every(q.shape[1], _indices("rows", rows, q.shape[1], q.device), q.device)
-    row_bytes = 8 * q.shape[0] * q.shape[2] * validate.tensor("k", k, 4).shape[1]
+    options = (causal, window, scale, softcap, mask, bias, alibi_slopes, sinks)
+    p, lse = _of_heads(*_problem(q, k, lse, options), heads)
+    if rows is None and not wants_gradient(p.q, p.k, p.bias, lse) and not transformed():
+        return torch.ops.fastattn.attn_entropy(*p, lse.contiguous(), backends.requested(backend))
+    batch, seqlen_q, heads_q, _ = p.q.shape
+    every = _every(seqlen_q, _indices("rows", rows, seqlen_q, p.q.device), p.q.device)
+    row_bytes = 8 * batch * heads_q * p.k.shape[1]
     entropies = []
     for block in every.split(max(1, block_bytes // max(1, row_bytes))):
-        w = attention_weights(q, k, lse, rows=block, heads=heads, **options)
-        entropies.append(-torch.xlogy(w, w).sum(-1))
+        w = weights_of(p, lse, rows=block)
+        log = w.clamp(min=torch.finfo(w.dtype).tiny).log()  # finite, for the gradient of w = 0
+        entropies.append(-(w * log).sum(-1))
     return torch.cat(entropies, -1)
+
+
+def _problem(
+    q: Tensor, k: Tensor, lse: Tensor, options: tuple[Any, ...]
+) -> tuple[AttentionProblem, Tensor]:
+    """The checked problem, of no values, and lse in the accumulator's dtype."""
+    p = dense_problem(q, k, k, *options, 0.0)
+    want = (p.q.shape[0], p.q.shape[2], p.q.shape[1])
+    if tuple(validate.tensor("lse", lse).shape) != want:
+        raise ValueError(f"lse must have shape (B, H_q, S_q) = {want}, got {tuple(lse.shape)}")
+    validate.same_device("lse", lse, "q", q.device)
+    return p, lse.to(validate.accumulator_dtype(p.q))
+
+
+def _of_heads(
+    p: AttentionProblem, lse: Tensor, heads: Selection
+) -> tuple[AttentionProblem, Tensor]:
+    """The scores of some query heads, each with a KV head of its own, as a problem. lse has what
+    sinks did."""
+    p = p._replace(v=p.k, sinks=None)
+    head = _indices("heads", heads, p.q.shape[2], p.q.device)
+    if head is None:
+        return p, lse
+    k = p.k.index_select(2, head // (p.q.shape[2] // p.k.shape[2]))
+    cut = p._replace(
+        q=p.q.index_select(2, head),
+        k=k,
+        v=k,
+        mask=_cut(p.mask, 1, head),
+        bias=_cut(p.bias, 1, head),
+        alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes.index_select(-1, head),
+    )
+    return cut, lse.index_select(1, head)
 
 
 def weights_of(
@@ -110,34 +158,25 @@ def weights_of(
     heads: Selection = None,
 ) -> Tensor:
     """The block of a dense problem's undropped weights, (B, heads, rows, keys)."""
+    p, lse = _of_heads(p, lse, heads)
     (_, seqlen_q, heads_q, _), (_, seqlen_k, heads_k, _) = p.q.shape, p.k.shape
     row = _indices("rows", rows, seqlen_q, p.q.device)
     key = _indices("keys", keys, seqlen_k, p.q.device)
-    head = _indices("heads", heads, heads_q, p.q.device)
-    kv_head = head
-    if heads_q != heads_k:
-        kv_head = _every(heads_q, head, p.q.device) // (heads_q // heads_k)
-
-    def cut(t: Tensor | None) -> Tensor | None:
-        """Of what broadcasts to (B, H_q, S_q, S_k)."""
-        for dim, index in ((1, head), (2, row), (3, key)):
-            if t is not None and t.shape[dim] > 1:
-                t = _take(t, dim, index)
-        return t
-
-    slopes = p.alibi_slopes if p.alibi_slopes is None else _take(p.alibi_slopes, -1, head)
-    block = p._replace(mask=cut(p.mask), bias=cut(p.bias), alibi_slopes=slopes)
+    mask, bias = (_cut(_cut(t, 2, row), 3, key) for t in (p.mask, p.bias))
+    block = p._replace(mask=mask, bias=bias)
     distance = None
-    if slopes is not None or p.window_left >= 0 or p.window_right >= 0:
+    if p.alibi_slopes is not None or p.window_left >= 0 or p.window_right >= 0:
         position = _every(seqlen_q, row, p.q.device)[:, None] + seqlen_k - seqlen_q
         distance = _every(seqlen_k, key, p.q.device) - position
     dtype = validate.accumulator_dtype(p.q)
-    q = _take(_take(p.q, 1, row), 2, head).to(dtype).transpose(1, 2)
-    k = _take(_take(p.k, 1, key), 2, kv_head).to(dtype).transpose(1, 2)
+    q = _take(p.q, 1, row).to(dtype).transpose(1, 2)
+    k = _take(p.k, 1, key).to(dtype).transpose(1, 2)
+    if heads_q != heads_k:
+        k = k.repeat_interleave(heads_q // heads_k, dim=1)
     s, _ = reference.shaped_scores(block, p.scale * (q @ k.mT), distance)
     if (visible := reference.visible_keys(block, distance)) is not None:
         s = s.masked_fill(~visible, -torch.inf)
-    lse = _take(_take(lse, 1, head), 2, row)[..., None]
+    lse = _take(lse, 2, row)[..., None]
     return torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0))  # −inf − (−inf) would be NaN
 
 
@@ -150,6 +189,11 @@ def dropped_weights(p: AttentionProblem, weights: Tensor, first_batch: int = 0) 
 
 def _take(t: Tensor, dim: int, index: Tensor | None) -> Tensor:
     return t if index is None else t.index_select(dim, index)
+
+
+def _cut(t: Tensor | None, dim: int, index: Tensor | None) -> Tensor | None:
+    """Of a mask or bias, if there is one."""
+    return t if t is None or t.shape[dim] == 1 else _take(t, dim, index)
 
 
 def _every(size: int, index: Tensor | None, device: torch.device) -> Tensor:

@@ -39,6 +39,7 @@ BUDGET = {
     "attn_bwd_dsinks_kernel": Budget(72),
     "attn_bwd_prep_kernel": Budget(64),
     "attn_bwd_sm90_kernel": Budget(168, wgmma_groups=5),
+    "attn_entropy_kernel": Budget(96),
     "attn_fwd_fp32_kernel": Budget(255),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
     "attn_fwd_sm90_kernel": Budget(168, wgmma_groups=4),  # as it starts: 384 threads, or 512 of 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cpu_isa
 import matplotlib.image
 import pytest
 import torch
@@ -96,22 +97,76 @@ def test_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
-ENTROPY = [c for c in DENSE if c.name in ("causal", "mask-empty-rows", "sinks", "no-keys", "gqa-8")]
+# --- entropy --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ENTROPY, ids=str)
-def test_entropy(case: Case) -> None:
+def entropy_of(w: Tensor) -> Tensor:
+    return -torch.where(w > 0, w * w.clamp(min=1e-300).log(), 0.0).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_entropy(backend: str, case: Case, dtype: torch.dtype) -> None:
+    check_entropy(backend, case, dtype)
+
+
+FEW = ("causal", "window", "mask-empty-rows", "sinks", "no-keys", "gqa-8", "everything")
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("case", [c for c in DENSE if c.name in FEW], ids=str)
+def test_entropy_of_kernels_for_gpus(backend: str, case: Case) -> None:
+    check_entropy(backend, case, torch.float16)
+
+
+def check_entropy(backend: str, case: Case, dtype: torch.dtype) -> None:
+    """Weights have a relative error of |s| + |lse| times that of fp32, and so has their entropy."""
+    p = make_problem(case, dtype)
+    options = options_of(p)
+    exact = to_float64(p)
+    _, lse = fastattn.attention(exact.q, exact.k, exact.v, **options_of(exact), return_lse=True)
+    w = whole_matrix(p)
+    got = fastattn.attention_entropy(p.q, p.k, lse, **options, backend=backend)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), entropy_of(w), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", cpu_isa.others())
+def test_entropy_of_every_instruction_set(isa: str) -> None:
+    cpu_isa.run_file(__file__, isa, "test_entropy and cpu and not instruction_set")
+
+
+def test_entropy_of_some_rows_and_heads() -> None:
+    case = Case("rows", (2, 9, 11), (4, 2), window=(6, 1), mask="b1qk", bias="1h1k", alibi="bh")
     p = make_problem(case, torch.float32)
     options = options_of(p)
     _, lse = fastattn.attention(p.q, p.k, p.v, **options, return_lse=True)
-    w = whole_matrix(p)
-    expected = -torch.where(w > 0, w * w.clamp(min=1e-300).log(), 0.0).sum(-1)
-    for block_bytes in (1 << 26, 1, 8 * p.k.shape[1] * p.q.shape[2] * p.q.shape[0] * 4):
-        got = fastattn.attention_entropy(p.q, p.k, lse, **options, block_bytes=block_bytes)
-        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-    some = fastattn.attention_entropy(p.q, p.k, lse, rows=[-1, 0], heads=0, **options)
-    torch.testing.assert_close(some.double(), expected[:, :1, [-1, 0]], rtol=1e-5, atol=1e-5)
+    expected = entropy_of(whole_matrix(p))
+    for block_bytes in (1 << 26, 1, 8 * 11 * 4 * 2 * 4):
+        some = fastattn.attention_entropy(
+            p.q, p.k, lse, rows=[-1, 0, 3, 4, 5], block_bytes=block_bytes, **options
+        )
+        torch.testing.assert_close(
+            some.double(), expected[:, :, [-1, 0, 3, 4, 5]], rtol=1e-5, atol=1e-5
+        )
+    some = fastattn.attention_entropy(p.q, p.k, lse, heads=[3, 0], **options)
+    torch.testing.assert_close(some.double(), expected[:, [3, 0]], rtol=1e-5, atol=1e-5)
     assert fastattn.attention_entropy(p.q, p.k, lse, rows=[], **options).shape[-1] == 0
+
+
+def test_gradient_of_entropy() -> None:
+    q, k = (t.requires_grad_() for t in torch.randn(2, 1, 6, 2, 8, dtype=torch.float64))
+    _, lse = fastattn.attention(q, k, k, causal=True, return_lse=True)
+    entropy = fastattn.attention_entropy(q, k, lse, causal=True)
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
+    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    log = s.masked_fill(hidden, -torch.inf).log_softmax(-1)
+    expected = -(log.exp() * log.masked_fill(hidden, 0.0)).sum(-1)
+    torch.testing.assert_close(entropy, expected)
+    got = torch.autograd.grad(entropy.sum(), (q, k))
+    for a, b in zip(got, torch.autograd.grad(expected.sum(), (q, k)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_bad_arguments() -> None:

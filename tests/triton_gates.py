@@ -27,6 +27,7 @@ import triton
 from fake_gpu import SHARED_MEMORY, Compiled, use
 from fastattn.kernels.attention_bwd import attn_bwd
 from fastattn.kernels.attention_decode import attn_decode
+from fastattn.kernels.attention_entropy import attn_entropy
 from fastattn.kernels.attention_fwd import attn_fwd
 from fastattn.kernels.cross_entropy import cross_entropy_fwd
 from gates import counted, machine_code
@@ -45,6 +46,7 @@ class Budget(NamedTuple):
 
 
 BUDGET = {
+    "attn_entropy_kernel": Budget(255, tensor_cores=True),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
     "attn_bwd_dq_kernel": Budget(255, tensor_cores=True, spills=256),
     "attn_bwd_dkv_kernel": Budget(255, tensor_cores=True),
@@ -61,7 +63,7 @@ BUDGET = {
 def attention(
     dtype: torch.dtype, head_dim: int, rich: bool = False, heads_k: int = 8, softcap: float = 0.0
 ) -> None:
-    """Forward and backward; of plain causal attention, or with all options."""
+    """Forward, backward and entropy; of plain causal attention, or with all options."""
     q = torch.empty(2, 1024, 8, head_dim, dtype=dtype)
     k = v = torch.empty(2, 1024, heads_k, head_dim, dtype=dtype)
     p = AttentionProblem(q, k, v, window_right=0, scale=head_dim**-0.5, softcap=softcap)
@@ -78,6 +80,7 @@ def attention(
         )
     out, lse = attn_fwd(p)
     attn_bwd(p, out, lse, out, lse if rich else None, False)
+    attn_entropy(p, lse)
 
 
 def packed_attention(dtype: torch.dtype, head_dim: int) -> None:

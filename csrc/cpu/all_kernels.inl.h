@@ -10,6 +10,7 @@
 #include "score_mods.inl.h"
 #include "key_blocks.inl.h"
 #include "attn_fwd.inl.h"
+#include "attn_entropy.inl.h"
 #include "attn_bwd.inl.h"
 #include "cache_append.inl.h"
 #include "decode_tile.inl.h"
@@ -17,7 +18,6 @@
 #include "cross_entropy.inl.h"
 #include "matmul.inl.h"
 
-#define FASTATTN_KERNEL_TABLE(isa)                                    \
-  {isa,           fit,          attn_fwd,          attn_bwd,          \
-   attn_decode,   cache_append, cross_entropy_fwd, cross_entropy_bwd, \
-   matmul_in_fp32}
+#define FASTATTN_KERNEL_TABLE(isa)                                            \
+  {isa,         fit,          attn_fwd,          attn_entropy,      attn_bwd, \
+   attn_decode, cache_append, cross_entropy_fwd, cross_entropy_bwd, matmul_in_fp32}

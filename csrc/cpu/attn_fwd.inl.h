@@ -144,10 +144,13 @@ static void attend_queries(const AttnFwdParams& p, const Sequence& s, int64_t he
   }
 }
 
-static void attn_fwd(const AttnFwdParams& p, const Pool& pool) {
+// Calls body(element, sequence, head, queries) for all queries, as many a task as share a pass over
+// the keys, and keep `floats` each.
+template <class Body>
+static void for_each_task(const AttnFwdParams& p, int64_t floats, const Pool& pool,
+                          const Body& body) {
   const int64_t heads = p.batch * p.heads_q;  // and enough tasks that threads end together:
-  const int64_t task_queries =
-      queries_per_pass(p.head_dim + p.head_dim_v, heads, p.seqlen_q, 4 * pool.threads());
+  const int64_t task_queries = queries_per_pass(floats, heads, p.seqlen_q, 4 * pool.threads());
   const int64_t tasks = ceil_div(p.seqlen_q, task_queries);  // a head
   pool.run(heads * tasks, [&](int64_t index) {
     const int64_t task = tasks - 1 - index / heads;  // causal: the last queries see most keys
@@ -155,8 +158,13 @@ static void attn_fwd(const AttnFwdParams& p, const Pool& pool) {
     const Range queries =
         intersect({0, s.seqlen_q}, {task * task_queries, (task + 1) * task_queries});
     if (queries.empty()) return;
-    with_dtype(p.dtype, [&](auto type) {
-      attend_queries<decltype(type)>(p, s, index % heads % p.heads_q, queries);
-    });
+    with_dtype(p.dtype, [&](auto type) { body(type, s, index % heads % p.heads_q, queries); });
   });
+}
+
+static void attn_fwd(const AttnFwdParams& p, const Pool& pool) {
+  for_each_task(p, p.head_dim + p.head_dim_v, pool,
+                [&](auto type, const Sequence& s, int64_t head, Range queries) {
+                  attend_queries<decltype(type)>(p, s, head, queries);
+                });
 }

@@ -25,6 +25,7 @@ struct Kernels {
   const char* isa;
   Fit (*fit)();
   void (*attn_fwd)(const AttnFwdParams&, const Pool&);
+  void (*attn_entropy)(const AttnEntropyParams&, const Pool&);
   void (*attn_bwd)(const AttnBwdParams&, const Pool&);
   void (*attn_decode)(const AttnDecodeParams&, const Pool&);
   void (*cache_append)(const CacheAppendParams&, const Pool&);

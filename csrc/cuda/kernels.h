@@ -25,6 +25,8 @@ Device device(int index, void* stream);
 
 void attn_fwd(const AttnFwdParams& p, const Device& device);
 
+void attn_entropy(const AttnEntropyParams& p, const Device& device);
+
 int64_t attn_bwd_workspace(const AttnBwdParams& p, const Device& device);
 void attn_bwd(const AttnBwdParams& p, void* workspace, const Device& device);
 

@@ -8,6 +8,7 @@
 
 #include "elements.cuh"
 #include "fragments.cuh"
+#include "score_mods.cuh"
 
 namespace fastattn::cuda {
 
@@ -22,14 +23,14 @@ struct FloatTile {
 };
 
 // Rows [first, first + kRows), of which those below `end` are there; zeros elsewhere.
-template <int kRows, int kCols, int kThreads>
-FASTATTN_DEVICE void copy_rows(const FloatTile<kCols>& tile, const float* rows, int64_t stride,
+template <int kRows, int kCols, int kThreads, class T>
+FASTATTN_DEVICE void copy_rows(const FloatTile<kCols>& tile, const T* rows, int64_t stride,
                                int first, int end, int cols) {
 #pragma unroll 4
   for (int i = threadIdx.x; i < kRows * kCols; i += kThreads) {
     const int r = i / kCols, c = i % kCols;
     const bool there = first + r < end && c < cols;
-    tile.row(r)[c] = there ? rows[(first + r) * stride + c] : 0.0f;
+    tile.row(r)[c] = there ? to_float(rows[(first + r) * stride + c]) : 0.0f;
   }
 }
 

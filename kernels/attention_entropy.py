@@ -1,0 +1,102 @@
+"""How spread out each query's weights are, −Σ w · log w, from what the forward pass has left.
+
+With w = exp(s − lse) that is Σ w · (lse − s): no value is read, and no maximum kept. A program has
+a tile of queries of one head, and goes over the keys that they see.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.problem import AttentionProblem
+
+from . import configs
+from .arguments import (
+    heads_of,
+    lengths_of,
+    mods_of,
+    padded,
+    precision_of,
+    rows_of,
+    window_of,
+    work_of,
+)
+from .configs import cdiv
+from .primitives import LOG2E, blocks_seen, head_at, load_lse, load_rows, place_of, scores_from
+
+
+@triton.jit
+def attn_entropy_kernel(
+    q,  # Heads (B, S_q, H_q, D)
+    k,
+    lse,  # Heads (B, S_q, H_q) of one fp32 each
+    entropy,  # alike
+    lengths,  # Lengths
+    window,  # Window
+    mods,  # ScoreMods
+    heads,  # H_q
+    m_blocks,  # of the longest sequence; the grid is (m_blocks · H_q · B,)
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # the head dim, filled up with zeros
+    PRECISION: tl.constexpr,  # of products of fp32
+):
+    program = tl.program_id(0)
+    first = (m_blocks - 1 - program % m_blocks) * BLOCK_M
+    head, batch = program // m_blocks % heads, program // m_blocks // heads
+    place = place_of(lengths, batch, head)
+    if first >= place.seqlen_q:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    at_k = head_at(k, batch, place.first_k, head // GROUP_SIZE)
+    q_tile = load_rows(
+        head_at(q, batch, place.first_q, head), q.seq, rows, place.seqlen_q, HEAD_DIM, BLOCK_D, True
+    )
+    row_lse = load_lse(lse, place, rows)
+    last = tl.minimum(first + BLOCK_M, place.seqlen_q) - 1
+    blocks = blocks_seen(
+        first, last, place.seqlen_k - place.seqlen_q, place.seqlen_k,
+        window.left, window.right, BLOCK_N,
+    )  # fmt: skip
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for first_key in tl.range(blocks.begin, blocks.end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(at_k, k.seq, keys, place.seqlen_k, HEAD_DIM, BLOCK_D, True)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        s, _ = scores_from(qk, mods, place, window, rows[:, None], keys[None, :], True)
+        gap = row_lse[:, None] - s * mods.unit
+        weights = tl.exp2(-gap * LOG2E)
+        total += tl.sum(tl.where(weights == 0.0, 0.0, weights * gap), 1)  # 0 · ∞ = 0
+    at = head_at(entropy, batch, place.first_q, head) + rows.to(tl.int64) * entropy.seq
+    tl.store(at, total, mask=rows < place.seqlen_q)
+
+
+def attn_entropy(p: AttentionProblem, lse: Tensor) -> Tensor:
+    entropy = torch.empty_like(lse)
+    heads, head_dim = p.q.shape[-2:]
+    lengths, mods = lengths_of(p), mods_of(p)
+    tile = configs.attention_fwd(work_of(p.q, head_dim, mods), lengths.q)
+    m_blocks = cdiv(lengths.q, tile.block_m)
+    if programs := m_blocks * heads * p.scores_shape[0]:
+        attn_entropy_kernel[(programs,)](
+            heads_of(p.q, p.packed),
+            heads_of(p.k, p.packed),
+            rows_of(lse, p.packed),
+            rows_of(entropy, p.packed),
+            lengths,
+            window_of(p),
+            mods,
+            heads,
+            m_blocks,
+            GROUP_SIZE=heads // p.k.shape[-2],
+            HEAD_DIM=head_dim,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=padded(head_dim),
+            PRECISION=precision_of(p.q.dtype),
+            **tile.options,
+        )
+    return entropy
