@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.h)
 FORMATTED := $(VENV)/bin/clang-format --style=file $(CSRC) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
-.PHONY: setup build demo test test-all lint format sanitize gates gpu bench bench-check docs examples clean
+.PHONY: setup build demo test test-all lint format sanitize gates gpu bench bench-check docs examples wheel clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/fastattn demo
@@ -85,5 +85,9 @@ $(VENV)/.tools: $(VENV)/.dependencies pyproject.toml # what tests and checks nee
 build: $(VENV)/.dependencies # incremental, for working on csrc/
 	flock build.lock $(PY) setup.py --quiet build_ext --inplace
 
+# dist/fastattn-…-cp310-abi3-….whl: one for every Python from 3.10 and every torch from 2.11 on. FASTATTN_CUDA=1 has the CUDA kernels in it.
+wheel: $(VENV)/.dependencies
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf build build.lock $(VENV) fastattn/_C*.so fastattn/_cuda*.so *.egg-info
+	rm -rf build dist build.lock $(VENV) fastattn/_C*.so fastattn/_cuda*.so *.egg-info

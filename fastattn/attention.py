@@ -161,9 +161,15 @@ def explain(
     return backends.explain_problem(p, backend)
 
 
+# All but "meta", that is. Asked once: torch.compile of torch 2.11 can't trace the question.
+AUTOCAST_DEVICES = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla"))
+)
+
+
 def autocasting(t: Tensor) -> bool:
     device = t.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -352,7 +352,7 @@ def test_stop_at_each_system_call(tmp_path: Path, step: int):
         assert names(run_dir) == ["step-00000003"], n
         shutil.rmtree(run_dir)
     assert names(run_dir) == [f"step-{step:08d}"]
-    assert stops >= 18
+    assert stops >= 15  # more or fewer with Python's version, whose rmtree has some of them
 
 
 # The children are forks, for each would need seconds to import torch. argv: run_dir, rounds

@@ -59,6 +59,9 @@ def test_goes_on_as_a_nested_tensor() -> None:
     assert mixed.is_nested and torch.nn.functional.layer_norm(mixed, (8,)).shape == q.shape
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="its graphs of jagged layouts detach numbers"
+)
 def test_compiles_whole() -> None:
     torch._dynamo.reset()
     values, (q, k, v) = jagged()
