@@ -4,7 +4,8 @@
 // queries. It goes through the keys block by block: scores of all rows, online softmax, out += P·V.
 // Heads of a key usually lie side by side, so a few keys of all heads come before the next keys:
 // head by head, every key of every head would be on another page. What comes next is prefetched
-// meanwhile: hardware prefetchers follow neither such strides nor a page table.
+// meanwhile, in the order of the memory: hardware prefetchers follow neither such strides nor a page
+// table. One thread then reads at 91–96 % of what a sum over K and V does, two at 80 % (Zen 5).
 //
 // Keys are further cut into chunks, each with a result of its own, and these are merged in order.
 // Which thread computed which chunk then makes no difference: results are the same bits for any
@@ -191,22 +192,22 @@ class Decoder {
     find_rows(it, begin, end, &blocks[0]);
     for (int64_t j = begin, turn = 0; j < end; j += kBlockKeys, turn ^= 1) {
       const Range block{j, std::min(j + kBlockKeys, end)};
-      const Rows<T> k = k_rows(blocks[turn]), v = v_rows(blocks[turn]);
+      const KeyRows<T> k = k_rows(blocks[turn]), v = v_rows(blocks[turn]);
       const bool more = find_rows(it, j + kBlockKeys, it.keys.end, &blocks[turn ^ 1]);
-      const Rows<T> next_k = more ? k_rows(blocks[turn ^ 1]) : Rows<T>{};
+      const KeyRows<T> next_k = more ? k_rows(blocks[turn ^ 1]) : KeyRows<T>{};
 
-      const auto score = [&](int64_t row, Range keys, Rows<T> k_seen, Rows<T>& ahead) {
+      const auto score = [&](int64_t row, Range keys, KeyRows<T> k_seen, Prefetcher<T>*& ahead) {
         for_each_tile(row, [&](auto tile, int64_t r) {
           float* scores = s + r * kScoreStride + keys.begin - j;
           dot_products<tile.value>(q + r * ldq_, ldq_, k_seen, keys.size(),
-                                   std::exchange(ahead, {}), scores);
+                                   std::exchange(ahead, nullptr), scores);
         });
       };
-      const auto add = [&](int64_t row, Range keys, Rows<T> v_seen, Rows<T>& ahead) {
+      const auto add = [&](int64_t row, Range keys, KeyRows<T> v_seen, Prefetcher<T>*& ahead) {
         for_each_tile(row, [&](auto tile, int64_t r) {
           const float* weights = s + r * kScoreStride + keys.begin - j;
-          add_values<tile.value>(weights, scale + r, v_seen, keys.size(), std::exchange(ahead, {}),
-                                 result.out + r * ld_, ld_);
+          add_values<tile.value>(weights, scale + r, v_seen, keys.size(),
+                                 std::exchange(ahead, nullptr), result.out + r * ld_, ld_);
           std::fill_n(scale + r, tile.value, 1.0f);
         });
       };
@@ -221,8 +222,8 @@ class Decoder {
     const T* k[kBlockKeys];
     const T* v[kBlockKeys];
   };
-  Rows<T> k_rows(const Block& block) const { return {block.k, p_.k_stride.head, p_.head_dim}; }
-  Rows<T> v_rows(const Block& block) const { return {block.v, p_.v_stride.head, p_.head_dim_v}; }
+  KeyRows<T> k_rows(const Block& block) const { return {block.k, p_.k_stride.head, p_.head_dim}; }
+  KeyRows<T> v_rows(const Block& block) const { return {block.v, p_.v_stride.head, p_.head_dim_v}; }
 
   // The rows of at most kBlockKeys keys of [begin, end); whether there are any. What is left of the
   // block repeats the last, for prefetching.
@@ -245,22 +246,23 @@ class Decoder {
     return true;
   }
 
-  // Calls work(first row, keys, their rows, rows to prefetch) for every head and query and the keys
-  // of the block that it sees, step_keys_ of them at a time. `after` follows on the block.
+  // Calls work(first row, keys, their rows, prefetcher) for every head and query and the keys of
+  // the block that it sees, step_keys_ of them at a time. Meanwhile the next step's are prefetched,
+  // by the first tile of each head; `after` follows on the block.
   template <class Work>
-  void for_each_meeting(const Item& it, Range block, const Rows<T>& rows, const Rows<T>& after,
-                        const Work& work) const {
-    const int64_t first_head = it.heads_k.begin, last_head = it.heads_k.end - 1;
+  void for_each_meeting(const Item& it, Range block, const KeyRows<T>& rows,
+                        const KeyRows<T>& after, const Work& work) const {
     for (int64_t j = block.begin; j < block.end; j += step_keys_) {
       const Range step{j, std::min(j + step_keys_, block.end)};
-      const Rows<T> here = rows.from(j - block.begin);
-      const Rows<T> next = step.end == block.end ? after : rows.from(step.end - block.begin);
-      for (int64_t head = first_head; head <= last_head; head++) {
-        Rows<T> ahead = head == last_head ? next.head(first_head) : here.head(head + 1);
+      const KeyRows<T> here = rows.from(j - block.begin);
+      const KeyRows<T> next = step.end == block.end ? after : rows.from(step.end - block.begin);
+      Prefetcher<T> prefetcher(next.head(it.heads_k.begin), step_keys_, it.heads_k.size());
+      for (int64_t head = it.heads_k.begin; head < it.heads_k.end; head++) {
+        Prefetcher<T>* ahead = &prefetcher;
         for (int64_t i = it.queries.begin; i < it.queries.end; i++) {
           const Range keys = intersect(step, keys_seen_by_any(it.window, {i, i + 1}));
           if (keys.empty()) continue;
-          const int64_t n = (head - first_head) * it.queries.size() + i - it.queries.begin;
+          const int64_t n = (head - it.heads_k.begin) * it.queries.size() + i - it.queries.begin;
           work(n * group_, keys, here.head(head).from(keys.begin - j), ahead);
         }
       }

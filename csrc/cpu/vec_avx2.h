@@ -135,6 +135,9 @@ FASTATTN_INLINE void stream_pair(T* p, Pair x) {  // p is 32-byte aligned
 FASTATTN_INLINE void stream_pair(bf16* p, Pair x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), interleave_bf16(x));
 }
+FASTATTN_INLINE void prefetch_l1(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 FASTATTN_INLINE void prefetch_l2(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }

@@ -119,6 +119,9 @@ FASTATTN_INLINE void stream_pair(T* p, Pair x) {  // p is 64-byte aligned
 FASTATTN_INLINE void stream_pair(bf16* p, Pair x) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), interleave_bf16(x));
 }
+FASTATTN_INLINE void prefetch_l1(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 FASTATTN_INLINE void prefetch_l2(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }

@@ -64,6 +64,7 @@ template <class T>
 FASTATTN_INLINE void stream_pair(T* p, Pair x) {
   store_pair(p, x);
 }
+FASTATTN_INLINE void prefetch_l1(const void*) {}
 FASTATTN_INLINE void prefetch_l2(const void*) {}
 
 FASTATTN_INLINE Vec exp2(Vec a) { return {std::exp2(a.x)}; }
