@@ -346,6 +346,10 @@ void matmul(Kernels& kernels, const Tensor& a, const Tensor& b, Tensor out, bool
 
 std::string target() { return Kernels::target(); }
 
+// Of the operators below: whoever changes them counts on, here and in fastattn/library.py, which
+// refuses a library of another count.
+int64_t interface() { return 1; }
+
 // An operator as torch calls it: kernels for these arguments, then `op`.
 template <auto op>
 struct Entry;
@@ -392,6 +396,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTATTN_OPS, m) {
   m.def("matmul(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
 #endif
   m.def(FASTATTN_TARGET "() -> str");
+  m.def("interface() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FASTATTN_OPS, FASTATTN_KEY, m) {
@@ -408,4 +413,5 @@ STABLE_TORCH_LIBRARY_IMPL(FASTATTN_OPS, FASTATTN_KEY, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(FASTATTN_OPS, CompositeExplicitAutograd, m) {
   m.impl(FASTATTN_TARGET, TORCH_BOX(&fastattn::target));
+  m.impl("interface", TORCH_BOX(&fastattn::interface));
 }

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+INTERFACE = 1  # of the libraries' operators, as csrc/bindings.cpp counts them
+
 
 @functools.cache
 def load_error() -> str | None:
@@ -23,7 +25,7 @@ def load_error() -> str | None:
             "fastattn/_C*.so is missing: the package was installed without its kernels"
             " (install torch and a C++17 compiler, then `pip install --no-build-isolation`)"
         )
-    return _load(file)
+    return _load(file, "fastattn_C")
 
 
 @functools.cache
@@ -46,14 +48,14 @@ def cpu_isa() -> str:
 def cuda_load_error() -> str | None:
     """Load the CUDA kernels, or the emulator's; None, or the reason why they can't be."""
     if emulated():
-        return _load(Path(os.environ["FASTATTN_EMULATE"]).resolve())
+        return _load(Path(os.environ["FASTATTN_EMULATE"]).resolve(), "fastattn_emulated")
     file = _find("_cuda*.so", "FASTATTN_CUDA_LIBRARY")
     if file is None:
         return (
             "fastattn/_cuda*.so is missing: the package was installed without its CUDA kernels"
             " (install nvcc, then `FASTATTN_CUDA=1 pip install --no-build-isolation`)"
         )
-    return _load(file)
+    return _load(file, "fastattn_cuda")
 
 
 @functools.cache
@@ -74,9 +76,16 @@ def _find(pattern: str, variable: str) -> Path | None:
 
 
 @functools.cache
-def _load(file: Path) -> str | None:
+def _load(file: Path, namespace: str) -> str | None:
     try:
         torch.ops.load_library(str(file))
     except (OSError, RuntimeError) as error:
         return f"{file.name} could not be loaded: {error.__cause__ or error}"
+    interface = getattr(getattr(torch.ops, namespace), "interface", None)
+    if interface is None or (found := interface()) != INTERFACE:
+        count = "" if interface is None else f" (interface {found}, not {INTERFACE})"
+        return (
+            f"{file.name} was built from other sources than this package's{count}: build it again"
+            " (`make build`, or `pip install --no-build-isolation`)"
+        )
     return None

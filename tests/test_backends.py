@@ -265,3 +265,25 @@ def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(RuntimeError, match="could not be loaded"):
         monkeypatch.setattr(library, "load_error", lambda: reason)
         library.instruction_sets.__wrapped__()
+
+
+@pytest.mark.skipif(not BUILT, reason="the kernels are not built")
+def test_a_library_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = library._find("_C*.so", "FASTATTN_LIBRARY")
+    assert file is not None
+    monkeypatch.setattr(library, "INTERFACE", library.INTERFACE + 1)
+    reason = library._load.__wrapped__(file, "fastattn_C")
+    assert reason is not None and "was built from other sources than this package's (int" in reason
+
+
+def test_a_library_of_before_there_was_an_interface() -> None:
+    """Any library without fastattn's operators will do."""
+    stale = Path(torch.__file__).parent / "lib" / "libc10.so"
+    code = "from fastattn import info; print(info.report())"
+    environment = {**os.environ, "FASTATTN_LIBRARY": str(stale)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (
+        "libc10.so was built from other sources than this package's: build it again" in done.stdout
+    )
