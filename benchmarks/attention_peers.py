@@ -213,7 +213,7 @@ def torch_peers() -> list[Peer]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     most = ALL - {"softcap", "sinks"}
-    peers = [Peer(name="torch SDPA", suites=SUITES, prepare=sdpa(), features=most)]
+    peers = [Peer(name="torch SDPA", suites=SUITES | {"ladder"}, prepare=sdpa(), features=most)]
     forced = {
         "cuDNN": SDPBackend.CUDNN_ATTENTION,
         "flash": SDPBackend.FLASH_ATTENTION,
@@ -263,4 +263,4 @@ def flex_unfit(case: Case) -> str | None:
     return f"D {case.head_dim} is below 16" if case.head_dim < 16 else None
 
 
-PEERS = [*our_peers(SUITES, ours, ALL), *torch_peers()]
+PEERS = [*our_peers(SUITES | {"ladder"}, ours, ALL), *torch_peers()]

@@ -57,6 +57,7 @@ CUDA = {
     ),
     "train-step": "Matrix products, then attention, the loss and elementwise passes.",
     "features": "As dense attention, plus what each feature does to every score.",
+    "ladder": "Each rung by something else: benchmarks/ladder says what.",
     "import-and-build": "Nearly all of the import is torch's own.",
 }
 

@@ -12,6 +12,7 @@ from . import attention_packages, attention_peers, decode, losses, package, trai
 from .attention import Attention
 from .case import Case, Peer
 from .decode import Decode
+from .ladder import rungs
 from .losses import CrossEntropy, LinearCrossEntropy
 from .package import Package
 from .train_step import TrainStep
@@ -25,13 +26,14 @@ SUITES = (
     "linear-cross-entropy",
     "train-step",
     "features",
+    "ladder",
     "import-and-build",
 )
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def peers() -> list[Peer]:
-    modules = (attention_peers, attention_packages, decode, losses, train_step, package)
+    modules = (attention_peers, attention_packages, decode, losses, train_step, rungs, package)
     return [peer for module in modules for peer in module.PEERS]
 
 
@@ -184,6 +186,12 @@ def cuda_cases() -> Iterator[Case]:
     yield from varlen_cases(BF16, (4096, 512, 2048, 96, 1024, 333, 7000, 1275), heads=16)
     yield from feature_cases(BF16, seqlen=4096, heads=16, passes=("fwd", "bwd"), rank=2)
     yield from feature_cases(BF16, seqlen=1024, heads=16, passes=("fwd",), rank=4, quick=True)
+    for dtype, batch in ((FP32, 1), (BF16, 4)):  # the naive rung takes a second for one batch entry
+        for D in (128, 64):
+            shape = {"batch": batch, "heads": 2048 // D, "seqlen": 4096, "head_dim": D}
+            yield Attention(suite="ladder", dtype=dtype, **shape)
+        quick = {"batch": 1, "heads": 4, "seqlen": 1024, "head_dim": 64}
+        yield Attention(suite="ladder", dtype=dtype, **quick, rank=4, quick=True)
     yield Package(suite="import-and-build", what="import", rank=3, quick=True)
 
 

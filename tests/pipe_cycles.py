@@ -8,7 +8,7 @@ beside the tensor cores' cycles of all consumers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -66,15 +66,17 @@ def overlaps(instruction: Instruction) -> bool:
     return opcode.startswith("WARPGROUP.DEPBAR") and not operands.endswith(" 0x0")
 
 
-def hot_loop(code: list[Instruction]) -> Cycles | None:
-    """The smallest loop that computes while products run. Code that a branch mostly passes over, as
-    that of masks, counts all the same."""
+def loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
+    """From where a branch leads back to, to the branch."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
-    loops = []
     for end, (address, opcode, operands) in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", operands)
         if opcode.startswith("BRA") and target is not None and int(target[1], 16) <= address:
-            loop = code[index[int(target[1], 16)] : end + 1]
-            if any(map(overlaps, loop)):
-                loops.append(cycles(loop))
-    return min(loops, default=None)  # by the first field
+            yield code[index[int(target[1], 16)] : end + 1]
+
+
+def hot_loop(code: list[Instruction]) -> Cycles | None:
+    """The smallest loop that computes while products run. Code that a branch mostly passes over, as
+    that of masks, counts all the same."""
+    found = [cycles(loop) for loop in loops(code) if any(map(overlaps, loop))]
+    return min(found, default=None)  # by the first field

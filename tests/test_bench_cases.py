@@ -277,8 +277,9 @@ def test_peers_say_why_not():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_cases_are_many_and_distinct(device):
     cases = suites.cases(device)
-    assert {case.suite for case in cases} == set(suites.SUITES)
-    assert {case.suite for case in cases if case.quick} == set(suites.SUITES)
+    here = set(suites.SUITES) - ({"ladder"} if device == "cpu" else set())
+    assert {case.suite for case in cases} == here
+    assert {case.suite for case in cases if case.quick} == here
     names = [(case.suite, case.name, case.dtype) for case in cases]
     assert len(set(names)) == len(names)
     telling = {case.suite for case in cases if case.rank == 0}

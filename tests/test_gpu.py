@@ -183,5 +183,6 @@ def test_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert found["machine"]["arch"] == 80 and len(found["machine"]["sources"]) == 12
     assert found["parts"]["test"]["test_attention"]["tests"] == 3
     assert "0 failed" in found["parts"]["sanitize"]["memcheck"]["text"]
+    assert "07_ping_pong" in found["parts"]["bench"]["ladder"]["text"]
     with pytest.raises(SystemExit):
         main(["--dry-run", "trst"])

@@ -70,7 +70,7 @@ struct Block {
   int threads, live;
   std::vector<Thread> thread;
   std::vector<Warp> warp;
-  std::vector<Warpgroup> warpgroup;  // where threads are a multiple of 128
+  std::vector<Warpgroup> warpgroup;  // whole ones, of 128 threads
   Barrier barrier[16];
   MBarriers mbarriers;
   AsyncProxy async;

@@ -16,7 +16,6 @@ const char* const op_names[] = {"nothing", "wgmma", "setmaxnreg"};
 void start_warpgroups(Block& b) {
   b.warpgroup.clear();
   b.want_registers.clear();
-  if (b.threads % kWarpgroupThreads != 0) return;
   b.warpgroup.resize(b.threads / kWarpgroupThreads);
   for (size_t i = 0; i < b.warpgroup.size(); ++i) {
     Warpgroup& w = b.warpgroup[i];
@@ -27,8 +26,10 @@ void start_warpgroups(Block& b) {
 }
 
 Warpgroup& warpgroup_of(const Thread& t, Site site) {
-  if (t.block->warpgroup.empty()) fail(site, "a block of %d has no warpgroups", t.block->threads);
-  return t.block->warpgroup[t.id / kWarpgroupThreads];
+  std::vector<Warpgroup>& warpgroups = t.block->warpgroup;
+  const size_t index = t.id / kWarpgroupThreads;
+  if (index < warpgroups.size()) return warpgroups[index];
+  fail(site, "thread %d of a block of %d is in no warpgroup", t.id, t.block->threads);
 }
 
 void meet(Warpgroup& w, WarpgroupOp op, int detail, void* argument, Site site,

@@ -4,7 +4,7 @@
     calibrate  every function of ptx.cuh, on the GPU and in the emulator, bit for bit
     test       the shared grid and the public tests on device tensors, against float64
     sanitize   compute-sanitizer's memcheck, racecheck and synccheck over a few cases
-    bench      the benchmarks
+    bench      the ladder (benchmarks/ladder), then all other benchmarks
 
 Needs torch with CUDA and nvcc; g++ for the emulator. No network. Steps that passed with the same
 sources are not done again, unless with --again; each is on disk when it ends. What is missing here

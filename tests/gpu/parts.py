@@ -282,7 +282,18 @@ def worst_of(output: str) -> str:
 
 
 def bench_steps(target: Target) -> list[Step]:
-    return [Step("benchmarks", partial(bench, target), 600)]
+    return [
+        Step("ladder", partial(climb, target), 150),
+        Step("benchmarks", partial(bench, target), 600),
+    ]
+
+
+def climb(target: Target, seconds: float) -> Outcome:
+    """`python -m benchmarks.ladder`, which also writes results of its own."""
+    command = [sys.executable, "-m", "benchmarks.ladder"]
+    command += ["--emulate"] if isinstance(target, Emulated) else ["--out", str(target.results)]
+    done = run(target, command, seconds)
+    return Outcome("passed" if done.returncode == 0 else "failed", done.stdout[-4000:])
 
 
 def bench(target: Target, seconds: float) -> Outcome:

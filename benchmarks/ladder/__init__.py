@@ -1,0 +1,1 @@
+"""From the naive kernel to Hopper's, rung by rung: README.md."""
