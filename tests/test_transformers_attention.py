@@ -293,6 +293,19 @@ def test_decoding_has_its_own_kernel(name, left, calls):
     assert (given if given is None else given.tolist()) == left
 
 
+@needs_5
+@pytest.mark.parametrize("name, left", [("llama", [5, 9, 0]), ("mistral", None)])
+def test_so_has_a_static_cache(name, left, calls):
+    """No key behind the last query is read: neither by the prompt nor by a token."""
+    options = {"attention_mask": padding("left"), "do_sample": False}
+    generated(make(name), tokens(), cache_implementation="static", **options)
+    assert [name for name, _ in calls[:2]] == ["attention"] * 2
+    assert {name for name, _ in calls[2:]} == {"attention_decode"}
+    assert calls[2][1]["cache_seqlens"].tolist() == [18] * 3 or name == "mistral"
+    given = calls[2][1]["cache_leftpad"]
+    assert (given if given is None else given.tolist()) == left
+
+
 def test_register_under_another_name():
     register("kernels_by_hand")
     ids = tokens(1)
@@ -302,7 +315,7 @@ def test_register_under_another_name():
     assert torch.equal(model(ids).logits, want)
 
 
-PADDED = Visible(4, (-1, 0), torch.ones(1, 4).bool())
+PADDED = Visible(4, 4, (-1, 0), torch.ones(1, 4).bool())
 OFFSETS = {
     **{f"cu_seq_lens_{side}": torch.tensor([0, 4]) for side in "qk"},
     **{f"max_length_{side}": 4 for side in "qk"},
@@ -319,7 +332,7 @@ def qkv(length=4):
         ({"head_mask": torch.ones(1)}, "head_mask"),
         ({"cache": object()}, "paged cache"),
         ({"attention_mask": torch.ones(1, 4)}, "4-D.*got 2 dimensions"),
-        ({"attention_mask": Visible(5, (-1, 0))}, "made for 5 keys.*has 4"),
+        ({"attention_mask": Visible(5, 5, (-1, 0))}, "made for 5 keys.*has 4"),
         ({"attention_mask": PADDED, **OFFSETS}, "padding.*cu_seq_lens_q"),
         ({"attention_mask": torch.ones(1, 1, 4, 4), **OFFSETS}, "can't both"),
         ({**OFFSETS, "cu_seq_lens_k": None}, "needs cu_seq_lens_k"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers_models import padding
 
 from fastattn.integrations.transformers import attention_mask
-from fastattn.integrations.transformers.masks import Packed, Visible
+from fastattn.integrations.transformers.masks import Packed, Visible, said_by
 
 masking = pytest.importorskip("transformers.masking_utils")
 
@@ -49,9 +49,12 @@ def dense(said: Visible | Packed | Tensor | None, queries: int, keys: int, causa
     i, j = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
     if said is None:
         assert queries in (1, keys) or not causal
-        said = Visible(keys, (-1, 0 if causal else -1))
+        said = Visible(keys, keys, (-1, 0 if causal else -1))
     if isinstance(said, Tensor):
         return said.expand(3, 1, queries, keys)
+    if isinstance(said, Visible):
+        assert said.kv_length == keys and (said.keys is None or said.left_padding is None)
+        i = i - keys + said.end
     left, right = said.window
     seen = ((left == -1) | (i - j <= left)) & ((right == -1) | (j - i <= right))
     seen = seen.expand(3, 1, queries, keys)
@@ -59,9 +62,10 @@ def dense(said: Visible | Packed | Tensor | None, queries: int, keys: int, causa
         offsets, _ = said.cu_seqlens
         number = torch.bucketize(torch.arange(3 * keys), offsets[1:], right=True).view(3, 1, keys)
         return seen & (number[..., :, None] == number[..., None, :])
-    assert said.kv_length == keys and (said.keys is None or said.left_padding is None)
+    seen = seen & (j < said.end)
     if said.keys is not None:
-        seen = seen & said.keys[:, None, None]
+        flags = torch.nn.functional.pad(said.keys, (0, keys - said.end))
+        seen = seen & flags[:, None, None]
     if said.left_padding is not None:
         seen = seen & (j >= said.left_padding[:, None, None, None])
     return seen
@@ -115,15 +119,36 @@ def test_a_mask_too_short_ends_in_padding():
     assert torch.equal(dense(attention_mask(**call), LENGTH, LENGTH, True), sdpa(call))
 
 
-def test_queries_that_are_not_the_last_positions():
-    """As of a static cache, which is longer than what it holds: sdpa's answer."""
-    call = arguments(LENGTH)
-    call["kv_length"] = 30
-    if "q_offset" in call:
-        call["q_offset"] = torch.tensor(0)
-    assert not isinstance(attention_mask(**call), (Visible, Packed))
-    call["attention_mask"] = padding("left").bool()
-    assert torch.equal(attention_mask(**call), sdpa(call))
+@pytest.mark.parametrize("pattern", ["causal", "window", "wide"])
+@pytest.mark.parametrize("queries", [1, 4, LENGTH])
+def test_a_static_cache(queries, pattern):
+    """It is longer than what it holds. A token's mask is a tensor, which carries what we say."""
+    length = {"causal": None, "window": WINDOW, "wide": LENGTH}[pattern]
+    sliding = masking.sliding_window_causal_mask_function
+    function = masking.causal_mask_function if length is None else sliding(length)
+    for name, mask in masks().items():
+        call = arguments(queries, attention_mask=mask, mask_function=function, local_size=length)
+        call["kv_length"] = 30
+        if "q_offset" in call:
+            call["q_offset"] = torch.tensor(call["q_offset"])
+        call["allow_is_causal_skip"] = queries > 1
+        got, want = attention_mask(**call), sdpa(call)
+        if queries > 1:
+            assert not isinstance(got, Tensor)
+        else:
+            assert torch.equal(got.expand_as(want), want)
+            assert isinstance(said_by(got), Tensor if name in ("holes", "right") else Visible)
+        if got is not None:  # None is top-left then
+            assert torch.equal(dense(said_by(got), queries, 30, causal=True), want), name
+    call["mask_function"] = masking.chunked_causal_mask_function(WINDOW, torch.zeros(3).long())
+    call |= {"allow_is_causal_skip": False, "config": Chunked()}
+    assert isinstance(said_by(attention_mask(**call)), Tensor)
+
+
+def test_one_token_in_a_static_cache():
+    call = arguments(1, keys=1) | {"kv_length": 30}
+    said = attention_mask(**call)
+    assert said is not None and torch.equal(dense(said, 1, 30, True), sdpa(call))
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
@@ -171,6 +196,6 @@ def test_tensors_where_transformers_wants_them():
 
 
 def test_a_mask_that_comes_back():
-    visible = Visible(LENGTH, (5, 0))
+    visible = Visible(LENGTH, LENGTH, (5, 0))
     assert attention_mask(**arguments(LENGTH, attention_mask=visible)) is visible
     assert visible.contiguous() is visible and visible.ndim != 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import attention, attention_decode, attention_varlen, attention_weights
 from ...attention import autocast
 from ...autograd import wants_gradient
-from .masks import Packed, Visible
+from .masks import Packed, Visible, said_by
 
 
 def attention_forward(
@@ -63,7 +63,7 @@ def attention_forward(
     q, k, v = (t.transpose(1, 2) for t in autocast(query, key, value))  # (B, S, H, D)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    seen = attention_mask
+    seen = said_by(attention_mask)
     if cu_seq_lens_q is not None:
         window = _packed_window(seen, causal, sliding_window)
         if cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
@@ -72,7 +72,7 @@ def attention_forward(
     if isinstance(seen, Packed):
         _refuse(position_bias=position_bias, output_attentions=output_attentions or None)
         return _packed(q, k, v, seen, dropout_p=dropout, **options), None
-    bias = None if position_bias is None else position_bias[..., : k.shape[1]]
+    bias = _up_to(k.shape[1], position_bias)
     if isinstance(seen, Tensor):
         options["mask"], options["bias"] = _dense(seen[..., : k.shape[1]], bias)
     else:
@@ -80,8 +80,8 @@ def attention_forward(
             causal = causal and q.shape[1] > 1
             if causal and k.shape[1] > q.shape[1]:  # top-left, as sdpa: a static cache's prefill
                 k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
-                bias = None if bias is None else bias[..., : q.shape[1]]
-            seen = Visible(k.shape[1], (-1, 0 if causal else -1))
+                bias = _up_to(q.shape[1], bias)
+            seen = Visible(k.shape[1], k.shape[1], (-1, 0 if causal else -1))
         elif seen.kv_length != k.shape[1]:
             raise ValueError(
                 f"the mask was made for {seen.kv_length} keys, but this layer has {k.shape[1]}"
@@ -90,6 +90,7 @@ def attention_forward(
         wanted = dropout or output_attentions or wants_gradient(q, k, v, s_aux)
         if q.shape[1] == 1 and seen.keys is None and bias is None and not wanted:
             return _decode(q, k, v, seen, **options), None
+        k, v, bias = k[:, : seen.end], v[:, : seen.end], _up_to(seen.end, bias)
         options["mask"], options["bias"] = _mask(seen, q.device), bias
     if not output_attentions:
         return attention(q, k, v, dropout_p=dropout, **options), None
@@ -97,17 +98,21 @@ def attention_forward(
     return out, attention_weights(q, k, lse, **options).to(q.dtype)
 
 
+def _up_to(length: int, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias[..., :length]
+
+
 def _mask(seen: Visible, device: torch.device) -> Tensor | None:
-    """(B, 1, 1, S_k), of what is no padding."""
+    """(B, 1, 1, end), of what is no padding."""
     keys = seen.keys
     if seen.left_padding is not None:
-        keys = torch.arange(seen.kv_length, device=device) >= seen.left_padding[:, None]
+        keys = torch.arange(seen.end, device=device) >= seen.left_padding[:, None]
     return None if keys is None else keys[:, None, None, :]
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, seen: Visible, **options: Any) -> Tensor:
     """One query a sequence."""
-    lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+    lengths = torch.full((q.shape[0],), seen.end, dtype=torch.int32, device=q.device)
     return attention_decode(
         q, k, v, cache_seqlens=lengths, cache_leftpad=seen.left_padding, **options
     )

@@ -7,7 +7,11 @@ wanted. Here it becomes, in this order:
 * None where nothing needs saying: all keys, or, if the layer is causal, those up to the query;
 * `Visible`: a window, the keys that are no padding, or the first one that is none;
 * `Packed`: offsets of the sequences that `position_ids` tell apart;
-* sdpa's own tensor for the rest: chunks, static caches, a model's own mask functions.
+* sdpa's own tensor for the rest: chunks, a model's own mask functions. Where transformers insists
+  on a tensor, as for a token decoded from a static cache, it carries along a `Visible` that says
+  the same, if there is one (`said_by`).
+
+A static cache has more keys than were written: those behind the last query are cut off.
 """
 
 from __future__ import annotations
@@ -28,9 +32,10 @@ from transformers.masking_utils import (
 class Visible(NamedTuple):
     """The keys that a query sees: those in the window that are no padding."""
 
-    kv_length: int
+    kv_length: int  # keys that the layer hands over
+    end: int  # those up to the last query: fewer in a static cache, whose rest nobody sees
     window: tuple[int, int]  # as fastattn.attention's: bottom-right aligned, -1 = unlimited
-    keys: Tensor | None = None  # (B, kv_length) bool, False = padding
+    keys: Tensor | None = None  # (B, end) bool, False = padding
     left_padding: Tensor | None = None  # (B,) int32: all keys from here on are visible; or `keys`
 
     # Before it fills a static cache, generate() makes the mask, makes it contiguous and hands it to
@@ -74,17 +79,17 @@ def attention_mask(
     """
     if isinstance(attention_mask, Visible):
         return attention_mask
-    queries = _queries(others, kv_offset + kv_length)
+    queries, end = _queries_and_end(others, kv_offset, kv_length)
+    known = _known(mask_function)
     window = None
-    if queries is not None:
-        if allow_is_bidirectional_skip:
-            window = (-1, -1) if local_size is None else (local_size, local_size)
-        elif allow_is_causal_skip and (local_size is None or not _chunked(config)):
-            window = (-1 if local_size is None else local_size - 1, 0)
-        elif attention_mask is None and (packed := _packed(mask_function)) is not None:
-            return packed
+    if allow_is_bidirectional_skip and end == kv_length:
+        window = (-1, -1) if local_size is None else (local_size, local_size)
+    elif allow_is_causal_skip and end is not None and (local_size is None or not _chunked(config)):
+        window = (-1 if local_size is None else local_size - 1, 0)
+    elif known and known.segments is not None and attention_mask is None and end == kv_length:
+        return _offsets(known.segments, known.left)
     if window is None:
-        return masking_utils.sdpa_mask(
+        mask = masking_utils.sdpa_mask(
             batch_size=batch_size,
             kv_length=kv_length,
             kv_offset=kv_offset,
@@ -96,29 +101,57 @@ def attention_mask(
             config=config,
             **others,
         )
-    keys = _real_keys(attention_mask, kv_offset, kv_length)
+        if queries == 1 and end is not None and known and known.segments is None:
+            keys = _real_keys(attention_mask, kv_offset, end)
+            window = _narrowed((known.left, 0), end)
+            _say(mask, _left_padded(Visible(kv_length, end, window, keys)))
+        return mask
+    assert end is not None
+    keys = _real_keys(attention_mask, kv_offset, end)
     if window == (-1, -1):  # complete as it is: models that look into masks can
         return None if keys is None else keys[:, None, None, :]
-    left, right = window
-    if left >= kv_length - 1:
-        left = -1
-    if right >= kv_length - 1:
-        right = -1
-    if keys is None and left == -1 and (queries in (1, kv_length) if right == 0 else right == -1):
+    left, right = window = _narrowed(window, end)
+    # A single query that is given no mask sees all keys; several see those up to them.
+    said_by_none = end == kv_length if queries == 1 or right == -1 else queries == end
+    if keys is None and left == -1 and right <= 0 and said_by_none:
         return None
-    visible = Visible(kv_length, (left, right), keys)
+    visible = Visible(kv_length, end, window, keys)
     return _left_padded(visible) if queries == 1 else visible
 
 
-def _queries(others: dict[str, Any], end: int) -> int | None:
-    """The number of queries if they are the last of the `end` positions, as windows count."""
-    if (positions := others.get("cache_position")) is None:
-        length, offset = others["q_length"], others.get("q_offset", 0)
-        # A static cache's offset is a tensor: its keys go on after the last query.
-        return length if isinstance(offset, int) and offset + length == end else None
-    if torch.compiler.is_compiling():
-        return positions.shape[0] if positions.shape[0] == end else None
-    return positions.shape[0] if int(positions[-1]) + 1 == end else None
+def _queries_and_end(
+    others: dict[str, Any], kv_offset: int, kv_length: int
+) -> tuple[int, int | None]:
+    """How many queries there are, and keys up to the last of them; None where that can't be told.
+
+    As windows count, queries are then the last of these keys.
+    """
+    positions = others.get("cache_position")
+    queries = others["q_length"] if positions is None else positions.shape[0]
+    first = others.get("q_offset", 0) if positions is None else positions[0]
+    if isinstance(first, Tensor):  # of a static cache, or of transformers 4
+        if torch.compiler.is_compiling():
+            whole = positions is not None and queries == kv_offset + kv_length
+            return queries, kv_length if whole else None
+        first = int(first)
+    end = first + queries - kv_offset
+    return queries, end if queries <= end <= kv_length else None
+
+
+def _narrowed(window: tuple[int, int], length: int) -> tuple[int, int]:
+    left, right = (-1 if side >= length - 1 else side for side in window)
+    return left, right
+
+
+def _say(mask: Tensor | None, visible: Visible) -> None:
+    """Has the mask of a decoded token carry what says the same, if that is in numbers alone."""
+    if mask is not None and visible.keys is None:
+        mask._fastattn_visible = visible  # type: ignore[attr-defined]
+
+
+def said_by(mask: Any) -> Any:
+    """What a mask carries, or itself."""
+    return mask if torch.compiler.is_compiling() else getattr(mask, "_fastattn_visible", mask)
 
 
 def _chunked(config: Any) -> bool:
@@ -158,11 +191,18 @@ _REMAPPED = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
 _REMAPPED = _REMAPPED(causal_mask_function, torch.empty(0)).__code__ if _REMAPPED else None
 
 
-def _packed(mask_function: Callable) -> Packed | None:
-    """The offsets if the function is transformers' causal one, inside each sequence of a batch.
+class Causal(NamedTuple):
+    """transformers' causal mask function, with what it is narrowed by."""
+
+    left: int  # keys of its window before the query; -1 = all
+    segments: Tensor | None  # (B, S) numbers that tell packed sequences apart
+
+
+def _known(mask_function: Callable) -> Causal | None:
+    """What a mask function says; None if it is of any other make, and under torch.compile.
 
     transformers tells by nothing but the function itself. It is known by its code, its contents by
-    their names; a function of any other make is left alone, and so is all under torch.compile.
+    their names.
     """
     if torch.compiler.is_compiling():
         return None
@@ -183,7 +223,7 @@ def _packed(mask_function: Callable) -> Packed | None:
             segments = contents["packed_sequence_mask"]
         else:
             return None
-    return None if segments is None else _offsets(segments, left)
+    return Causal(left, segments)
 
 
 def _contents(function: Callable) -> dict[str, Any]:
