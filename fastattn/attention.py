@@ -293,9 +293,16 @@ def with_seed(p: AttentionProblem) -> AttentionProblem:
 
 
 def run(
-    p: AttentionProblem, deterministic: bool | None = None, backend: str | None = None
+    p: AttentionProblem,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a checked problem, with autograd."""
+    """(out, lse) of a checked problem, with autograd.
+
+    `packed`: what k and v, or q, k and v, are views of, (…, 2 or 3, H, D). Its gradient is then
+    made in one piece; p has neither bias nor sinks.
+    """
     name = requested(backend)
     p = with_seed(p)
     # The reference, all there is for fp64, runs as plain PyTorch, twice differentiable; but as an
@@ -306,16 +313,22 @@ def run(
         return reference.attention(p)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    return AttentionFunction.run(*p, deterministic, name)
+    qkv: tuple[Tensor | None, ...] = p[:3]
+    if packed is not None:
+        qkv = (p.q if packed.shape[-3] == 2 else None, packed, None)
+    return AttentionFunction.run(*qkv, *p[3:], deterministic, name)
 
 
 class AttentionFunction(FusedFunction):
-    """(out, lse) of the problem's fields, `deterministic` and a backend name."""
+    """(out, lse) of the problem's fields, `deterministic` and a backend name.
+
+    In place of q, k and v there may be what they are views of: (q, kv, None) or (None, qkv, None).
+    """
 
     @staticmethod
     def forward(*args):
-        *fields, _, backend = args
-        return torch.ops.fastattn.attn_fwd(*fields, backend)
+        q, k, v, *fields, _, backend = args
+        return torch.ops.fastattn.attn_fwd(*_parts(q, k, v), *fields, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -329,12 +342,30 @@ class AttentionFunction(FusedFunction):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, dbias, dsinks = AttentionGradient.run(
-            *tensors, *ctx.options, out, lse, dout, dlse, ctx.deterministic, ctx.backend
-        )
+        args = (*tensors, *ctx.options, out, lse, dout, dlse, ctx.deterministic, ctx.backend)
+        if tensors[2] is None:
+            return *PackedGradient.run(*args), *(None,) * (_FIELDS + 2 - 2)
+        dq, dk, dv, dbias, dsinks = AttentionGradient.run(*args)
         has_bias, has_sinks = tensors[4] is not None, tensors[6] is not None
         grads = (dq, dk, dv, None, dbias if has_bias else None, None, dsinks if has_sinks else None)
         return grads + (None,) * (_FIELDS + 2 - len(grads))
 
 
+def _parts(q: Tensor | None, k: Tensor, v: Tensor | None) -> tuple[Tensor | None, ...]:
+    if v is not None:
+        return q, k, v
+    parts = k.unbind(-3)
+    return parts if q is None else (q, *parts)
+
+
+def _packed_gradient(q: Tensor | None, packed: Tensor, v: None, *rest: Any):
+    *others, backend = rest
+    dq = None if q is None else q.new_empty(q.shape)
+    dpacked = packed.new_empty(packed.shape)
+    into = _parts(dq, dpacked, None)
+    torch.ops.fastattn.attn_bwd_into(*_parts(q, packed, None), *others, *into, backend)
+    return dq, dpacked
+
+
 AttentionGradient = gradient_function(torch.ops.fastattn.attn_bwd)
+PackedGradient = gradient_function(_packed_gradient)

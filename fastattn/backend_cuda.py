@@ -15,7 +15,7 @@ from torch import Tensor
 from . import library
 from .backends import KERNEL_DTYPES, Problem
 from .compiled import Compiled
-from .problem import AttentionProblem
+from .problem import AttentionProblem, QKVGradients
 
 _compiled = Compiled(
     lambda: torch.ops.fastattn_emulated if library.emulated() else torch.ops.fastattn_cuda
@@ -34,6 +34,7 @@ def attn_bwd(
     dout: Tensor,
     dlse: Tensor | None,
     deterministic: bool,
+    into: QKVGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Atomics add up the gradient of a bias that several scores share, in no fixed order. To be
     deterministic it is first made for every score, in B · H_q · S_q · S_k floats. On Hopper blocks
@@ -41,7 +42,7 @@ def attn_bwd(
     bias = p.bias
     if deterministic and bias is not None:
         p = p._replace(bias=bias.float().expand(p.scores_shape))
-    dq, dk, dv, dbias, dsinks = _compiled.attn_bwd(p, out, lse, dout, dlse, deterministic)
+    dq, dk, dv, dbias, dsinks = _compiled.attn_bwd(p, out, lse, dout, dlse, deterministic, into)
     if bias is not None and dbias is not None:
         dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
     return dq, dk, dv, dbias, dsinks

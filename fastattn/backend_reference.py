@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import Problem
-from .problem import AttentionProblem, CrossEntropyProblem
+from .problem import AttentionProblem, CrossEntropyProblem, QKVGradients
 
 
 def unusable() -> None:
@@ -29,9 +29,12 @@ def attn_bwd(
     dout: Tensor,
     dlse: Tensor | None,
     deterministic: bool,
+    into: QKVGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Contiguous gradients, as every backend's: compiled graphs rely on the strides."""
     grads = reference.attention_backward(p, out, lse, dout, dlse)
+    if into is not None:
+        return *(to.copy_(g) for to, g in zip(into, grads[:3], strict=True)), *grads[3:]  # type: ignore[return-value]
     return tuple(None if g is None else g.contiguous() for g in grads)  # type: ignore[return-value]
 
 

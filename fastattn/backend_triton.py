@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import KERNEL_DTYPES, Problem
-from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem, QKVGradients
 
 
 def unusable() -> str | None:
@@ -108,9 +108,10 @@ def attn_bwd(
     dout: Tensor,
     dlse: Tensor | None,
     deterministic: bool,
+    into: QKVGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     with _on_device_of(p.q):
-        return _kernels("attention_bwd").attn_bwd(p, out, lse, dout, dlse, deterministic)
+        return _kernels("attention_bwd").attn_bwd(p, out, lse, dout, dlse, deterministic, into)
 
 
 def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:

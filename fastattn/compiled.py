@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem, last_stride_one
+from .problem import (
+    AttentionProblem,
+    CrossEntropyProblem,
+    DecodeProblem,
+    QKVGradients,
+    last_stride_one,
+)
 from .rotary import rotate_queries
 
 
@@ -43,10 +49,11 @@ class Compiled:
         dout: Tensor,
         dlse: Tensor | None,
         deterministic: bool,
+        into: QKVGradients | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Deterministic but for Hopper's kernels, which are if they are told to be."""
         dout = last_stride_one(dout)
-        dq, dk, dv = (t.new_empty(t.shape) for t in (p.q, p.k, p.v))
+        dq, dk, dv = into or (t.new_empty(t.shape) for t in (p.q, p.k, p.v))
         dbias = dsinks = None
         if p.bias is not None:
             dbias = p.bias.new_zeros(p.bias.shape, dtype=torch.float32)

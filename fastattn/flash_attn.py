@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from . import bert_padding, reference, weights
-from .attention import dense_problem, packed_problem, run, with_seed
+from .attention import autocast, dense_problem, packed_problem, run, with_seed
 from .decode import attention_decode
 from .flash_attn_install import install, uninstall
-from .problem import AttentionProblem
+from .problem import AttentionProblem, last_stride_one
 
 __all__ = [
     "bert_padding",
@@ -63,11 +63,8 @@ def flash_attn_func(
     Raises:
         As `fastattn.attention`.
     """
-    p = dense_problem(
-        q, k, v, causal, _window(window_size), softmax_scale, softcap,
-        None, None, alibi_slopes, None, dropout_p,
-    )  # fmt: skip
-    return _results(p, deterministic, return_attn_probs)
+    options = (causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p)
+    return _results(_dense(q, k, v, options), None, deterministic, return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -83,11 +80,10 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ):
     """`flash_attn_func` with kv (B, S_k, 2, H_k, D), whose gradient comes in one piece."""
-    k, v = _unpack(kv, 2, 5)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+    kv = _packed(kv, 2, 5)
+    k, v = kv.unbind(-3)
+    options = (causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p)
+    return _results(_dense(q, k, v, options), kv, deterministic, return_attn_probs)
 
 
 def flash_attn_qkvpacked_func(
@@ -102,11 +98,10 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ):
     """`flash_attn_func` with qkv (B, S, 3, H, D), whose gradient comes in one piece."""
-    q, k, v = _unpack(qkv, 3, 5)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+    qkv = _packed(qkv, 3, 5)
+    q, k, v = qkv.unbind(-3)
+    options = (causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p)
+    return _results(_dense(q, k, v, options), qkv, deterministic, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -139,12 +134,9 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         k, v = _gather_pages(k, v, cu_seqlens_k, block_table)
-    p = packed_problem(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        causal, _window(window_size), softmax_scale, softcap,
-        None, None, alibi_slopes, None, dropout_p,
-    )  # fmt: skip
-    return _results(p, deterministic, return_attn_probs)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p)
+    return _results(_varlen(q, k, v, lengths, options), None, deterministic, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -164,12 +156,11 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ):
     """`flash_attn_varlen_func` with kv (T_k, 2, H_k, D), whose gradient comes in one piece."""
-    k, v = _unpack(kv, 2, 4)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+    kv = _packed(kv, 2, 4)
+    k, v = kv.unbind(-3)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p)
+    return _results(_varlen(q, k, v, lengths, options), kv, deterministic, return_attn_probs)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -186,12 +177,11 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ):
     """`flash_attn_varlen_func` with qkv (T, 3, H, D), whose gradient comes in one piece."""
-    q, k, v = _unpack(qkv, 3, 4)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+    qkv = _packed(qkv, 3, 4)
+    q, k, v = qkv.unbind(-3)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    options = (causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p)
+    return _results(_varlen(q, k, v, lengths, options), qkv, deterministic, return_attn_probs)
 
 
 @torch.no_grad()
@@ -237,7 +227,7 @@ def flash_attn_with_kvcache(
     Raises:
         As `fastattn.attention_decode`; ValueError also for k and v without cache_seqlens.
     """
-    batch = q.shape[0]
+    batch, (left, right) = q.shape[0], window_size
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("k and v are appended at cache_seqlens, which must be given with them")
@@ -261,7 +251,7 @@ def flash_attn_with_kvcache(
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
         causal=causal,
-        window=_window(window_size),
+        window=(max(left, -1), max(right, -1)),
         scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
@@ -270,26 +260,44 @@ def flash_attn_with_kvcache(
     )
 
 
-def _window(window_size: Window) -> Window:
-    """Ours: −1 alone is unlimited."""
-    left, right = window_size
-    return max(left, -1), max(right, -1)
-
-
-def _unpack(packed: Tensor, parts: int, ndim: int) -> tuple[Tensor, ...]:
-    """Views of a tensor (…, parts, H, D). autograd gathers their gradients in its layout, once."""
+def _packed(packed: Tensor, parts: int, ndim: int) -> Tensor:
+    """A tensor (…, parts, H, D), checked, as its parts are to be given to the kernels."""
     if packed.dim() != ndim or packed.shape[-3] != parts:
         lead = "(tokens, " if ndim == 4 else "(batch, sequence, "
         raise ValueError(
             f"expected a packed tensor {lead}{parts}, heads, head_dim), got {tuple(packed.shape)}"
         )
-    return packed.unbind(-3)
+    (packed,) = autocast(packed)
+    return last_stride_one(packed)
 
 
-def _results(p: AttentionProblem, deterministic: bool, return_attn_probs: bool):
+def _dense(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> AttentionProblem:
+    return dense_problem(q, k, v, *_of_attention(*options))
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, Tensor, int, int], options: _Options
+) -> AttentionProblem:
+    return packed_problem(q, k, v, *lengths, *_of_attention(*options))
+
+
+# causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p
+_Options = tuple[bool, Window, float | None, float, Tensor | None, float]
+
+
+def _of_attention(causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p):
+    """The options of `attention`, in its order. There −1 alone is unlimited."""
+    left, right = window_size
+    window = (max(left, -1), max(right, -1))
+    return causal, window, softmax_scale, softcap, None, None, alibi_slopes, None, dropout_p
+
+
+def _results(
+    p: AttentionProblem, packed: Tensor | None, deterministic: bool, return_attn_probs: bool
+):
     if return_attn_probs:
         p = with_seed(p)  # S_dmask is of the dropout that out has
-    out, lse = run(p, deterministic or None)
+    out, lse = run(p, deterministic or None, packed=packed)
     return (out, lse, _signed_weights(p, lse)) if return_attn_probs else out
 
 

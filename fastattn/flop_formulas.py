@@ -31,7 +31,7 @@ def attn_entropy(*args, out_val=None) -> int:
     return _attention(p, backward=False) // 2  # the scores alone; p has k as its v
 
 
-@register_flop_formula(_OPS.attn_bwd, get_raw=True)
+@register_flop_formula([_OPS.attn_bwd, _OPS.attn_bwd_into], get_raw=True)
 def attn_bwd(*args, out_val=None) -> int:
     p, _ = split(AttentionProblem, args)
     return _attention(p, backward=True)

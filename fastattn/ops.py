@@ -17,6 +17,7 @@ from .problem import (
     CrossEntropyProblem,
     DecodeProblem,
     LinearCrossEntropyProblem,
+    QKVGradients,
     split,
 )
 
@@ -76,6 +77,12 @@ def _attn_bwd(*args):
     return tuple(p.q.new_empty(0) if g is None else g for g in grads)
 
 
+def _attn_bwd_into(*args):
+    p, (out, lse, dout, dlse, deterministic, *into, backend) = split(AttentionProblem, args)
+    row = backends.choose(p, backend)
+    row.attn_bwd(p, out, lse, dout, dlse, deterministic, QKVGradients(*into))
+
+
 def _attn_bwd_fake(*args):
     p, _ = split(AttentionProblem, args)
 
@@ -90,6 +97,14 @@ _define(
     f"({_ATTENTION}, str? backend) -> (Tensor out, Tensor lse)",
     _attn_fwd,
     _attn_fwd_fake,
+)
+# The same for a problem without bias and sinks, into tensors that are given.
+_define(
+    "attn_bwd_into",
+    f"({_ATTENTION}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool deterministic,"
+    " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, str? backend) -> ()",
+    _attn_bwd_into,
+    lambda *_: None,
 )
 # Of a dense problem's rows, before dropout, from their lse; v is not looked at.
 _define(

@@ -60,6 +60,14 @@ class AttentionProblem(NamedTuple):
         return self.q.shape[0], self.q.shape[2], self.q.shape[1], self.k.shape[1]
 
 
+class QKVGradients(NamedTuple):
+    """Where a backward pass is to leave what it makes; any strides whose last is 1."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
 class DecodeProblem(NamedTuple):
     """A few queries against a KV cache, contiguous or paged; may rotate them and append keys."""
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.problem import AttentionProblem, last_stride_one
+from fastattn.problem import AttentionProblem, QKVGradients, last_stride_one
 
 from . import configs
 from .arguments import (
@@ -351,11 +351,15 @@ def attn_bwd(
     dout: Tensor,
     dlse: Tensor | None,
     deterministic: bool,
+    into: QKVGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, and dbias and dsinks where p has them. Atomics add up the gradient of a shared
     bias, in no fixed order; to be deterministic it is first made for every score."""
     # Tokens behind the last packed sequence are no program's.
-    dq, dk, dv = (t.new_zeros(t.shape) if p.packed else t.new_empty(t.shape) for t in p[:3])
+    dq, dk, dv = into or (t.new_empty(t.shape) for t in p[:3])
+    if p.packed:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
     delta = torch.zeros_like(lse) if p.packed else torch.empty_like(lse)
     dbias, shared = None, False
     if p.bias is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import flash_attn as fa
+from fastattn.testing import assert_results_close, random_like
 
 OPTIONS = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
@@ -180,16 +181,69 @@ def test_varlen_qkvpacked_is_varlen(backend: str) -> None:
     assert torch.equal(*grads) and grads[0].is_contiguous()
 
 
-def test_packed_gradient_is_gathered_once() -> None:
-    """One copy from three gradients into one, which are not first padded with zeros."""
-    qkv = torch.randn(2, 64, 3, 4, 16, requires_grad=True)
-    out = fa.flash_attn_qkvpacked_func(qkv)
+@pytest.mark.parametrize("parts", [2, 3])
+def test_packed_gradient_is_made_in_place(parts: int) -> None:
+    """By the kernel, in one piece: nothing is gathered, padded or copied."""
+    q, packed = torch.randn(2, 64, 4, 16), torch.randn(2, 64, parts, 4, 16, requires_grad=True)
+    if parts == 2:
+        out = fa.flash_attn_kvpacked_func(q, packed)
+    else:
+        out = fa.flash_attn_qkvpacked_func(packed)
     with torch.profiler.profile() as profile:
-        out.sum().backward()
-    names = [event.name for event in profile.events()]
-    assert names.count("aten::stack") == 1
-    assert not {"aten::select_backward", "aten::add", "aten::add_", "aten::zeros"} & set(names)
-    assert qkv.grad is not None and qkv.grad.is_contiguous()
+        out.backward(torch.ones_like(out))
+    names = {event.name for event in profile.events()}
+    assert "fastattn::attn_bwd_into" in names
+    moving = ("stack", "cat", "copy_", "clone", "select_backward", "add", "add_", "zeros")
+    assert not {f"aten::{name}" for name in moving} & names
+    assert packed.grad is not None and packed.grad.is_contiguous()
+
+
+def test_packed_layouts_of_any_strides() -> None:
+    """Gradients come contiguous."""
+    qkv = torch.randn(2, 4, 3, 9, 16).permute(0, 3, 2, 1, 4).requires_grad_()
+    odd = torch.randn(2, 9, 3, 16, 4).mT.requires_grad_()  # no last stride of 1: it is copied
+    for x in (qkv, odd):
+        out = fa.flash_attn_qkvpacked_func(x, causal=True)
+        plain = fa.flash_attn_func(*x.unbind(2), causal=True)
+        assert torch.equal(out, plain)
+        grads = [torch.autograd.grad(o.square().sum(), x)[0] for o in (out, plain)]
+        torch.testing.assert_close(*grads)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fa.flash_attn_qkvpacked_func(qkv, causal=True)
+    assert out.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv)
+    assert grad.dtype == torch.float32 and grad.isfinite().all()
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("name", ["causal", "window", "alibi"])
+def test_on_kernels_for_gpus(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of each layout."""
+    call, packed = made(CALLS[name]), torch.randn(2, 9, 3, 4, 16).half()
+    offsets = torch.tensor([0, 5, 18], dtype=torch.int32)
+
+    def results(qkv: Tensor) -> dict[str, Tensor]:
+        qkv = qkv.requires_grad_()
+        flat = qkv.flatten(0, 1)
+        outs = {
+            "func": fa.flash_attn_func(*qkv.unbind(2), **call),
+            "qkvpacked": fa.flash_attn_qkvpacked_func(qkv, **call),
+            "kvpacked": fa.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:], **call),
+            "varlen_qkvpacked": fa.flash_attn_varlen_qkvpacked_func(flat, offsets, 13, **call),
+            "varlen_kvpacked": fa.flash_attn_varlen_kvpacked_func(
+                flat[:, 0], flat[:, 1:], offsets, offsets, 13, 13, **call
+            ),
+        }
+        dout = random_like(outs["func"], 1)
+        for name, out in list(outs.items()):
+            (outs[f"d{name}"],) = torch.autograd.grad(
+                out, qkv, dout.view_as(out), retain_graph=True
+            )
+        return {name: t.detach() for name, t in outs.items()}
+
+    ours = results(packed)
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    assert_results_close(ours, results(packed.double()), results(packed))
 
 
 def test_paged_varlen_is_the_gathered_one(backend: str) -> None:
@@ -237,7 +291,9 @@ def test_empty_rows(backend: str) -> None:
 
 def test_deterministic_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(fa, "run", lambda p, deterministic: asked.append(deterministic) or (p.q, 0))
+    monkeypatch.setattr(
+        fa, "run", lambda p, deterministic, **_: asked.append(deterministic) or (p.q, 0)
+    )
     q = torch.randn(1, 3, 2, 8)
     fa.flash_attn_func(q, q, q)
     fa.flash_attn_func(q, q, q, deterministic=True)

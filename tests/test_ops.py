@@ -58,6 +58,12 @@ def test_opcheck_attention(backend: str, case: Any) -> None:
     out, lse = torch.ops.fastattn.attn_fwd(*p, backend)
     gradients = (out, lse, random_like(out, 1), random_like(lse, 2), False)
     opcheck(torch.ops.fastattn.attn_bwd.default, (*p, *gradients, backend), test_utils=UTILS)
+    into = tuple(torch.empty_like(t) for t in (p.q, p.k, p.v))
+    gradients = (out, lse, random_like(out, 1), None, False, *into)
+    bare = p._replace(bias=None, sinks=None)
+    opcheck(
+        torch.ops.fastattn.attn_bwd_into.default, (*bare, *gradients, backend), test_utils=UTILS
+    )
     if not p.packed:
         opcheck(torch.ops.fastattn.attn_entropy.default, (*p, lse, backend), test_utils=UTILS)
 
@@ -108,7 +114,7 @@ def test_every_operator_is_checked() -> None:
     losses = {"cross_entropy_fwd", "cross_entropy_bwd", "linear_cross_entropy_fwd"}
     losses |= {"cross_entropy_fwd_bwd", "cross_entropy_fwd_bwd_"}
     losses |= {"linear_cross_entropy_bwd", "linear_cross_entropy_fwd_bwd"}
-    attention = {"attn_fwd", "attn_bwd", "attn_entropy", "attn_decode"}
+    attention = {"attn_fwd", "attn_bwd", "attn_bwd_into", "attn_entropy", "attn_decode"}
     assert names == {f"fastattn::{n}" for n in losses | attention}
 
 
