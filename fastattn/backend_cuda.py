@@ -79,8 +79,6 @@ def remark(p: Problem) -> str | None:
     for name, t in (("q", p.q), ("k", p.k), ("v", p.v)):
         if (reason := _tma_refuses(t)) is not None:
             return f"by the kernels of sm_80, as TMA can't copy {name}: {reason}"
-    if max(p.q.shape[-1], p.v.shape[-1]) > 128:
-        return "forward by wgmma and TMA, backward by the kernels of sm_80: head dims are over 128"
     return "forward and backward by wgmma and TMA"
 
 

@@ -27,7 +27,6 @@ class Budget(NamedTuple):
     registers: int  # a thread, at most
     shared: int = 0  # static shared memory, bytes; the dynamic one stands in the tile tables
     tensor_cores: bool = False  # but in instances that are named after plain arithmetic
-    wgmma_groups: int = 0  # wgmma.commit_group in the source of a kernel of sm_90a
 
 
 # 65,536 registers an SM: 255 leave room for 8 warps, 128 for 16, 64 for 32.
@@ -38,11 +37,11 @@ BUDGET = {
     "attn_bwd_dq_store_kernel": Budget(64),
     "attn_bwd_dsinks_kernel": Budget(72),
     "attn_bwd_prep_kernel": Budget(64),
-    "attn_bwd_sm90_kernel": Budget(168, wgmma_groups=5),
+    "attn_bwd_sm90_kernel": Budget(168),
     "attn_entropy_kernel": Budget(96),
     "attn_fwd_fp32_kernel": Budget(255),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
-    "attn_fwd_sm90_kernel": Budget(168, wgmma_groups=4),  # as it starts: 384 threads, or 512 of 128
+    "attn_fwd_sm90_kernel": Budget(168),  # as it starts: 384 threads, or 512 of 128
     "attn_decode_kernel": Budget(168),
     "attn_decode_mma_kernel": Budget(255, tensor_cores=True),
     "attn_decode_combine_kernel": Budget(64),
@@ -55,23 +54,29 @@ BUDGET = {
 # are 128 registers of a thread, and smaller tiles of keys spill as much.
 EXCUSED = {r"Sm75, fp16>?, 256": 300}
 
-# Instructions of the loop over blocks in sm_90a's kernels, by head dim and scores: 0 is plain,
-# 1 rich. tests/pipe_cycles.py says what they mean.
-HOT_LOOP = {
-    "attn_bwd_sm90_kernel<64, 0>": 1450,
-    "attn_bwd_sm90_kernel<64, 1>": 15400,
-    "attn_bwd_sm90_kernel<128, 0>": 1075,
-    "attn_bwd_sm90_kernel<128, 1>": 8050,
-    "attn_fwd_sm90_kernel<64, 0>": 685,
-    "attn_fwd_sm90_kernel<64, 1>": 6400,
-    "attn_fwd_sm90_kernel<96, 0>": 725,
-    "attn_fwd_sm90_kernel<96, 1>": 6500,
-    "attn_fwd_sm90_kernel<128, 0>": 750,
-    "attn_fwd_sm90_kernel<128, 1>": 5750,
-    "attn_fwd_sm90_kernel<192, 0>": 710,
-    "attn_fwd_sm90_kernel<192, 1>": 4350,
-    "attn_fwd_sm90_kernel<256, 0>": 635,
-    "attn_fwd_sm90_kernel<256, 1>": 3700,
+
+class Hopper(NamedTuple):
+    """Of a kernel of sm_90a by head dim and scores: 0 is plain, 1 rich."""
+
+    groups: int  # wgmma.commit_group in its source, unrolled
+    loop: int  # instructions of its loops over blocks; tests/pipe_cycles.py says what they mean
+
+
+HOPPER = {
+    "attn_bwd_sm90_kernel<64, 0>": Hopper(5, 1450),
+    "attn_bwd_sm90_kernel<64, 1>": Hopper(5, 15400),
+    "attn_bwd_sm90_kernel<128, 0>": Hopper(5, 1075),
+    "attn_bwd_sm90_kernel<128, 1>": Hopper(5, 8050),
+    "attn_fwd_sm90_kernel<64, 0>": Hopper(4, 685),
+    "attn_fwd_sm90_kernel<64, 1>": Hopper(4, 6400),
+    "attn_fwd_sm90_kernel<96, 0>": Hopper(4, 725),
+    "attn_fwd_sm90_kernel<96, 1>": Hopper(4, 6500),
+    "attn_fwd_sm90_kernel<128, 0>": Hopper(4, 750),
+    "attn_fwd_sm90_kernel<128, 1>": Hopper(4, 5750),
+    "attn_fwd_sm90_kernel<192, 0>": Hopper(4, 710),
+    "attn_fwd_sm90_kernel<192, 1>": Hopper(4, 4350),
+    "attn_fwd_sm90_kernel<256, 0>": Hopper(4, 635),
+    "attn_fwd_sm90_kernel<256, 1>": Hopper(4, 3700),
 }
 
 
@@ -181,31 +186,30 @@ def faults(kernel: Kernel, name: str, code: list[Instruction] | None) -> list[st
         arithmetic = "MultiplyAdd" in name
         if budget.tensor_cores and not arithmetic and not ops["HMMA"] + ops["HGMMA"]:
             found.append("no tensor core instruction")
-        if budget.wgmma_groups:
-            found += wgmma_faults(budget.wgmma_groups, ops) + loop_faults(name, code)
+        if "_sm90_kernel" in name:
+            found += hopper_faults(name, code, ops)
     return found
 
 
-def wgmma_faults(groups: int, ops: collections.Counter[str]) -> list[str]:
+def hopper_faults(name: str, code: list[Instruction], ops: collections.Counter[str]) -> list[str]:
     """Products that run beside each other signal a barrier once a group; where ptxas has put them
     one after another, each does. TMA and the registers' moving are there or have been lost."""
+    loops = pipe_cycles.hot_loops(code)
+    for loop in loops:
+        print(f"  a loop over blocks: {loop}")
+    row = HOPPER.get(re.sub(r"(bf|fp)16, ", "", name))
+    if row is None:
+        return ["no row in HOPPER of tests/gates.py"]
     found = []
-    if ops["gsb0"] != groups:
-        found.append(f"{ops['gsb0']} of {ops['HGMMA']} products are waited for, not {groups}")
+    if ops["gsb0"] != row.groups:
+        found.append(f"{ops['gsb0']} of {ops['HGMMA']} products are waited for, not {row.groups}")
+    if not loops:
+        found.append("no loop that computes while products run")
+    if (count := sum(loop.instructions for loop in loops)) > row.loop:
+        found.append(f"{count} instructions in loops over blocks, {row.loop} at most")
     if ops["HMMA"]:
         found.append(f"{ops['HMMA']} products of a warp alone")
     return found + [f"no {op}" for op in ("UTMALDG", "USETMAXREG") if not ops[op]]
-
-
-def loop_faults(name: str, code: list[Instruction]) -> list[str]:
-    loop = pipe_cycles.hot_loop(code)
-    if loop is None:
-        return ["no loop that computes while products run"]
-    print(f"  the loop over blocks: {loop}")
-    most = HOT_LOOP.get(re.sub(r"(bf|fp)16, ", "", name))
-    if most is None:
-        return ["no row in HOT_LOOP of tests/gates.py"]
-    return [f"{loop.instructions} of {most} at most"] if loop.instructions > most else []
 
 
 def check(logs: list[Path]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import emulated
 import planted
@@ -16,7 +17,14 @@ from torch import Tensor
 import fastattn
 from fastattn import backend_cuda
 from fastattn.problem import AttentionProblem
-from fastattn.testing import CASES, Case, assert_results_close, attention_expected, make_problem
+from fastattn.testing import (
+    CASES,
+    CAUSAL,
+    Case,
+    assert_results_close,
+    attention_expected,
+    make_problem,
+)
 
 pytestmark = pytest.mark.parametrize("emulated_arch", [90], indirect=True)
 KERNEL = "attn_bwd_sm90.cuh"
@@ -36,21 +44,37 @@ def emulator(emulated_arch: int) -> Iterator[Library]:
     library.set_options()
 
 
+EVERYTHING: dict[str, Any] = {
+    "window": (100, 3), "softcap": 10.0, "mask": "b1qk", "bias": "1hqk", "alibi": "bh",
+    "sinks": True, "dropout_p": 0.2,
+}  # fmt: skip
+# Consumers share keys beyond head dim 128: several blocks of keys, of queries and of heads.
+WIDE = (
+    Case("wide-causal", (1, 130, 140), (1, 1), 256, window=CAUSAL),
+    Case("wide-gqa", (1, 70, 70), (2, 1), 160, window=(40, 3)),
+    Case("wide-everything", (1, 66, 130), (2, 1), 184, 200, empty_rows=True, **EVERYTHING),
+    Case("wide-packed", packed=((65, 70), (3, 5)), heads=(2, 1), head_dim=136, **EVERYTHING),
+)
+
+
 def problem(case: Case) -> AttentionProblem:
     p = make_problem(case, torch.bfloat16)
     return p._replace(seed=public.drawn_seed()) if p.dropout_p > 0 else p
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *WIDE], ids=str)
 def test_keeps_the_contract(emulated_arch: int, case: Case, poisoned: None) -> None:
     p = problem(case)
     assert_results_close(gradients(p), *attention_expected(p))
 
 
-ORDERS = ("gqa-4-causal", "causal-257", "window-both", "everything", "packed-everything")
+ORDERS = (
+    "gqa-4-causal", "causal-257", "window-both", "everything", "packed-everything", "wide-causal",
+    "wide-packed",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ORDERS], ids=str)
+@pytest.mark.parametrize("case", [c for c in (*CASES, *WIDE) if c.name in ORDERS], ids=str)
 def test_whatever_the_order_of_events(emulator: Library, case: Case, poisoned: None) -> None:
     """Deterministic gradients are the same bit for bit: blocks of keys take turns."""
     p = problem(case)
@@ -90,17 +114,18 @@ def test_takes_what_tma_can_copy(emulator: Library) -> None:
     assert not is_taken(emulator, AttentionProblem(q[..., 1:], k[..., 1:], v[..., 1:]))
     assert not is_taken(emulator, AttentionProblem(q, k[:, :0], v[:, :0]))
     wide = torch.randn(1, 40, 2, 136).half()
-    assert not is_taken(emulator, AttentionProblem(wide, wide, wide))
+    assert is_taken(emulator, AttentionProblem(wide, wide, wide))
 
 
-def test_every_barrier_is_needed(emulator: Library) -> None:
+@pytest.mark.parametrize(("head_dim", "softcap"), [(64, 0.0), (136, 0.0), (136, 9.0)])
+def test_every_barrier_is_needed(emulator: Library, head_dim: int, softcap: float) -> None:
     """Of a packed sequence whose tiles aren't full, by heads enough to fill buffers again."""
     lengths_q = torch.tensor([0, 150, 160], dtype=torch.int32)
     lengths_k = torch.tensor([0, 200, 210], dtype=torch.int32)
-    q = torch.randn(160, 2, 64).half()
-    k, v = torch.randn(2, 210, 1, 64).half().unbind()
+    q = torch.randn(160, 2, head_dim).half()
+    k, v = torch.randn(2, 210, 1, head_dim).half().unbind()
     p = AttentionProblem(q, k, v, cu_seqlens_q=lengths_q, cu_seqlens_k=lengths_k, max_seqlen_q=150,
-                         max_seqlen_k=200, scale=0.125)  # fmt: skip
+                         max_seqlen_k=200, scale=0.125, softcap=softcap)  # fmt: skip
     out, lse = backend_cuda.attn_fwd(p)
     assert planted.unnoticed(emulator, lambda: any_order(p, out, lse)) == []
 

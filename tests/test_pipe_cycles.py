@@ -32,6 +32,29 @@ def test_parses_predicates_and_operands() -> None:
 
 def test_the_hot_loop_computes_while_products_run() -> None:
     """Not one that waits for all of them, and the inner one of two."""
-    loop = pipe_cycles.hot_loop(code())
-    assert loop == pipe_cycles.Cycles(instructions=5, tensor=64, mufu=8, alu=2)
-    assert pipe_cycles.hot_loop(code()[6:8]) is None
+    loops = pipe_cycles.hot_loops(code())
+    assert loops == [pipe_cycles.Cycles(instructions=5, tensor=64, mufu=8, alu=2)]
+    assert pipe_cycles.hot_loops(code()[6:8]) == []
+
+
+def test_consumers_of_two_kinds_have_a_loop_each() -> None:
+    later = [i._replace(address=i.address + 0x100) for i in code()]
+    later = [i._replace(operands=i.operands.replace("0x10 ", "0x110 ")) for i in later[:6]]
+    assert len(pipe_cycles.hot_loops([*code(), *later])) == 2
+
+
+OUT_OF_LINE = """
+        /*0000*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT, gsb0 ;
+        /*0010*/               @P0 BRA 0x50 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0030*/               @P1 BRA 0x0 ;
+        /*0040*/                   EXIT ;
+        /*0050*/                   MUFU.EX2 R4, R5 ;
+        /*0060*/                   BRA 0x20 ;
+"""
+
+
+def test_what_stands_behind_a_loop_and_goes_back_into_it_is_part_of_it() -> None:
+    parsed = [i for line in OUT_OF_LINE.splitlines() if (i := pipe_cycles.parse(line)) is not None]
+    assert pipe_cycles.natural_loops(parsed) == [frozenset({0, 1, 2, 3, 5, 6})]
+    assert [loop.mufu for loop in pipe_cycles.hot_loops(parsed)] == [8]

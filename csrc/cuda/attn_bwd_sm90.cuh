@@ -1,15 +1,16 @@
-// Gradients of softmax(scale·QKᵀ …)V with wgmma and TMA, for sm_90a and head dims up to 128 (Shah
-// et al., "FlashAttention-3", 2024): S and P are computed once, five products in all.
+// Gradients of softmax(scale·QKᵀ …)V with wgmma and TMA, for sm_90a (Shah et al.,
+// "FlashAttention-3", 2024): S and P are computed once, five products in all.
 //
-// A block of threads keeps kBlockK keys of one KV head, and its producer warpgroup brings the
+// A block of threads keeps block_k keys of one KV head, and its producer warpgroup brings the
 // queries that see them, of all query heads of the group, in blocks of block_q. Two consumer
-// warpgroups own 64 keys each. Keys are the rows of their fragments, so that
+// warpgroups own 64 keys each; beyond head dim 128 they share 64 (bwd_wide_sm90.cuh). Keys are the
+// rows of their fragments, so that
 //
 //   Sᵀ = K·Qᵀ    dPᵀ = V·dOᵀ    Pᵀ and dSᵀ in registers    dV += Pᵀ·dO    dK += dSᵀ·Q
 //
-// take Pᵀ and dSᵀ from where they are. Only dQ = dS·K needs the keys of both: dSᵀ passes through
-// shared memory, each consumer makes 64 × 64 of dQ, and TMA adds that to sums in fp32 in global
-// memory, which a kernel at the end scales and rounds.
+// take Pᵀ and dSᵀ from where they are. Only dQ = dS·K needs the keys of all: dSᵀ passes through
+// shared memory, each consumer makes 64 × 64 of dQ at a time, and TMA adds that to sums in fp32 in
+// global memory, which a kernel at the end scales and rounds.
 //
 // Those sums come in no fixed order, unless the blocks of keys take turns at a block of queries
 // (`turns`): the last keys first, which is also how the grid starts them.
@@ -18,6 +19,7 @@
 #include "attn_bwd.cuh"
 #include "bwd_keys_sm90.cuh"
 #include "bwd_steps_sm90.cuh"
+#include "bwd_wide_sm90.cuh"
 #include "products_sm90.cuh"
 
 namespace fastattn::cuda {
@@ -34,6 +36,7 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
   const int consumer = threadIdx.x / kWarpgroupThreads, consumer_row = kWarpgroupRows * consumer;
   const int warp_row = threadIdx.x / 32 * 16, first_key = tile.first + consumer_row;
   const KernelWindow seen_by = KernelWindow(tile.window).transposed(seqlen_q);
+  static_assert(kTile.dq_parts() == 2);
   const DQPart part = dq_part(kBlockQ, consumer);
   const int group_size = launch.bwd.order.group_size;
 
@@ -41,10 +44,7 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
   clear(dk);
   clear(dv);
   shared.k_ring.wait();
-  if (p.cu_seqlens_q && tile.keys < kTile.kBlockK) {
-    clear_rows(shared.k(), tile.keys);
-    meet_consumers();
-  }
+  clear_other_keys(launch, tile, shared);
   int buffer = 0;
 #pragma unroll 1
   for (int head = tile.head * group_size; head < (tile.head + 1) * group_size; head++) {
@@ -62,8 +62,8 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
       shared.dout_ring.wait();
       shared.stats_ring.wait();
       if (p.cu_seqlens_q && query + kBlockQ > seqlen_q) {
-        clear_rows(shared.q(), seqlen_q - query);
-        clear_rows(shared.dout(), seqlen_q - query);
+        clear_rows<BwdTileSm90::kConsumerThreads>(shared.q(), seqlen_q - query);
+        clear_rows<BwdTileSm90::kConsumerThreads>(shared.dout(), seqlen_q - query);
         meet_consumers();
       }
       ptx::wgmma_fence();
@@ -148,7 +148,11 @@ __global__ void __launch_bounds__(BwdTileSm90::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < BwdTileSm90::kConsumerThreads) {
     ptx::set_max_registers_up<240>();
-    consume_queries<T, kHeadDim, kScores>(launch, tile, shared);
+    if constexpr (bwd_tile_sm90(kHeadDim).shares_keys()) {
+      consume_together<T, kHeadDim, kScores>(launch, tile, shared);
+    } else {
+      consume_queries<T, kHeadDim, kScores>(launch, tile, shared);
+    }
   } else {
     ptx::set_max_registers_down<24>();
     constexpr int kFirst = BwdTileSm90::kConsumerThreads;
@@ -201,11 +205,12 @@ struct BwdWorkspaceSm90 {
 
   explicit BwdWorkspaceSm90(const AttnBwdParams& b) {
     const AttnFwdParams& p = b.fwd;
-    columns = greater(p.head_dim, p.head_dim_v) <= 64 ? 64 : 128;
+    const BwdTileSm90 tile = bwd_tile_sm90(greater(p.head_dim, p.head_dim_v));
+    columns = tile.head_dim;
     rows = round_up(p.batch * p.heads_q * p.seqlen_q, 32);  // 128 bytes, for TMA
     sums = (p.cu_seqlens_q ? 1 : p.batch) * p.heads_q * p.tokens_q * columns;
-    const int64_t m_blocks = ceil_div(p.seqlen_q, bwd_tile_sm90(columns).block_q);
-    turns = b.deterministic ? p.batch * p.heads_q * m_blocks * 2 : 0;
+    const int64_t m_blocks = ceil_div(p.seqlen_q, tile.block_q);
+    turns = b.deterministic ? p.batch * p.heads_q * m_blocks * tile.dq_parts() : 0;
   }
   int64_t bytes() const { return 4 * (2 * rows + sums + turns); }
 };
@@ -223,13 +228,13 @@ void launch_attn_bwd_sm90(const AttnBwdParams& b, void* workspace, const Device&
   params.bwd.params = b;
   params.bwd.lse = lse;
   params.bwd.delta = lse + space.rows;
-  params.bwd.order = make_key_order(p, kTile.kBlockK, sizeof(T));
+  params.bwd.order = make_key_order(p, kTile.block_k, sizeof(T));
   params.turns = b.deterministic ? turns : nullptr;
   const auto mapped_q = [&](const void* data, const Strides& stride, int64_t cols) {
     return tensor_map(mapped(p, data, stride, p.tokens_q, p.heads_q, cols, kTile.block_q));
   };
   const auto mapped_k = [&](const void* data, const Strides& stride, int64_t cols) {
-    return tensor_map(mapped(p, data, stride, p.tokens_k, p.heads_k, cols, kTile.kBlockK));
+    return tensor_map(mapped(p, data, stride, p.tokens_k, p.heads_k, cols, kTile.block_k));
   };
   params.q = mapped_q(p.q, p.q_stride, p.head_dim);
   params.dout = mapped_q(b.dout, b.dout_stride, p.head_dim_v);
@@ -261,6 +266,15 @@ void launch_attn_bwd_sm90(const AttnBwdParams& b, void* workspace, const Device&
   }
   const DQStoreLaunch store{b, sums, kHeadDim};
   launch(attn_bwd_dq_store_kernel<T>, rows, store, device, "attn_bwd_dq_store of " + shape);
+}
+
+template <class T>
+void launch_attn_bwd_sm90(const AttnBwdParams& b, void* workspace, const Device& device) {
+  const int64_t head_dim = greater(b.fwd.head_dim, b.fwd.head_dim_v);
+  if (head_dim <= 64) return launch_attn_bwd_sm90<T, 64>(b, workspace, device);
+  if (head_dim <= 128) return launch_attn_bwd_sm90<T, 128>(b, workspace, device);
+  if (head_dim <= 192) return launch_attn_bwd_sm90<T, 192>(b, workspace, device);
+  launch_attn_bwd_sm90<T, 256>(b, workspace, device);
 }
 
 }  // namespace fastattn::cuda

@@ -14,10 +14,10 @@ struct AttnBwdSm90Launch {
   CUtensorMap q, k, v, dout, dq;  // dq: the sums
   AttnBwdLaunch bwd;
   uint32_t*
-      turns;  // null, or (B, H_q, blocks of queries, consumer): blocks of keys that have added
+      turns;  // null, or (B, H_q, blocks of queries, dq_parts): blocks of keys that have added
 };
 
-// kBlockK keys of a KV head, and the blocks of queries that see them.
+// block_k keys of a KV head, and the blocks of queries that see them.
 template <int kHeadDim>
 struct KeyTile {
   static constexpr BwdTileSm90 kTile = bwd_tile_sm90(kHeadDim);
@@ -35,8 +35,8 @@ struct KeyTile {
     batch = work.batch;
     head = work.head;
     n_block = work.m_block;
-    first = n_block * kTile.kBlockK;
-    keys = min(kTile.kBlockK, static_cast<int>(sequence.seqlen_k) - first);
+    first = n_block * kTile.block_k;
+    keys = min(kTile.block_k, static_cast<int>(sequence.seqlen_k) - first);
     const int seqlen_q = static_cast<int>(sequence.seqlen_q);
     const KernelWindow seen_by = KernelWindow(window).transposed(seqlen_q);
     const int begin = max(0, first + seen_by.first);
@@ -49,7 +49,7 @@ struct KeyTile {
   FASTATTN_DEVICE uint32_t turn(int m_block) const {
     const int64_t begin = int64_t{m_block} * kTile.block_q;
     const Range queries = intersect({begin, begin + kTile.block_q}, {0, sequence.seqlen_q});
-    const int64_t last = (keys_seen_by_any(window, queries).end - 1) / kTile.kBlockK;
+    const int64_t last = (keys_seen_by_any(window, queries).end - 1) / kTile.block_k;
     return static_cast<uint32_t>(last - n_block);
   }
 };
@@ -57,22 +57,23 @@ struct KeyTile {
 template <int kHeadDim>
 struct BwdSharedSm90 {
   static constexpr BwdTileSm90 kTile = bwd_tile_sm90(kHeadDim);
-  using KTile = PanelTile<kTile.kBlockK, kHeadDim>;
+  using KTile = PanelTile<kTile.block_k, kHeadDim>;
   using QTile = PanelTile<kTile.block_q, kHeadDim>;
-  using DSTile = PanelTile<kTile.kBlockK, kTile.block_q>;  // dSᵀ
+  using DSTile = PanelTile<kTile.block_k, kTile.block_q>;  // dSᵀ
   using DQTile = PanelTile<64, 128>;                       // 64 columns of fp32
   static constexpr int kStages = BwdTileSm90::kStages;
 
   unsigned char* bytes;
   Ring<1> k_ring;  // K and V
-  Ring<kStages> q_ring, dout_ring, stats_ring;
+  Ring<kStages> q_ring, stats_ring;
+  Ring<kTile.dout_stages> dout_ring;
 
   FASTATTN_DEVICE explicit BwdSharedSm90(unsigned char* shared)
       : bytes(shared),
         k_ring(barriers(shared)),
         q_ring(barriers(shared) + Ring<1>::kBarriers),
-        dout_ring(barriers(shared) + Ring<1>::kBarriers + Ring<kStages>::kBarriers),
-        stats_ring(barriers(shared) + Ring<1>::kBarriers + 2 * Ring<kStages>::kBarriers) {}
+        stats_ring(barriers(shared) + Ring<1>::kBarriers + Ring<kStages>::kBarriers),
+        dout_ring(barriers(shared) + Ring<1>::kBarriers + 2 * Ring<kStages>::kBarriers) {}
 
   FASTATTN_DEVICE KTile k() const { return {bytes}; }
   FASTATTN_DEVICE KTile v() const { return {bytes + KTile::kBytes}; }
@@ -83,6 +84,11 @@ struct BwdSharedSm90 {
   }
   // Written by one block of queries while products of the one before may still read the other.
   FASTATTN_DEVICE DSTile ds(int buffer) const { return {bytes + kDS + buffer * DSTile::kBytes}; }
+  // A thread's fragment of scores, for the one with the same rows in the other consumer: 4 floats,
+  // then those of the next thread.
+  FASTATTN_DEVICE float4* scores() const {
+    return reinterpret_cast<float4*>(bytes + kScores) + threadIdx.x % kWarpgroupThreads;
+  }
   // lse of block_q queries, then their delta.
   FASTATTN_DEVICE float* stats() const {
     return reinterpret_cast<float*>(bytes + kStats) + stats_ring.stage() * 2 * kTile.block_q;
@@ -92,8 +98,11 @@ struct BwdSharedSm90 {
   }
 
  private:
-  static constexpr int kQ = 2 * KTile::kBytes, kDS = kQ + 2 * kStages * QTile::kBytes;
-  static constexpr int kDQ = kDS + 2 * DSTile::kBytes, kStats = kDQ + 2 * DQTile::kBytes;
+  static constexpr int kQ = 2 * KTile::kBytes;
+  static constexpr int kDS = kQ + (kStages + kTile.dout_stages) * QTile::kBytes;
+  static constexpr int kDQ = kDS + kTile.ds_buffers() * DSTile::kBytes;
+  static constexpr int kScores = kDQ + 2 * DQTile::kBytes;
+  static constexpr int kStats = kScores + kTile.scores_bytes();
   static constexpr int kBarriers = kStats + kStages * 2 * kTile.block_q * 4;
   static_assert(kTile.shared_bytes() == kBarriers + 8 * kTile.barriers());
 

@@ -11,18 +11,35 @@ namespace fastattn::cuda {
 constexpr int kBothConsumers = 1, kOneConsumer = 2;
 
 // Rows [count, …) become zeros: of a packed tensor they are the next sequence's, and its NaN must
-// not meet our zeros. By all consumers, who meet behind it.
-template <class Tile>
+// not meet our zeros. By one consumer or both, who meet behind it.
+template <int kThreads, class Tile>
 FASTATTN_DEVICE void clear_rows(const Tile& tile, int count) {
-  constexpr int kChunks = Tile::kPanels * Tile::kGroup, kThreads = BwdTileSm90::kConsumerThreads;
+  constexpr int kChunks = Tile::kPanels * Tile::kGroup;
 #pragma unroll 1
-  for (int i = max(count, 0) * kChunks + threadIdx.x; i < Tile::kRows * kChunks; i += kThreads) {
+  for (int i = max(count, 0) * kChunks + threadIdx.x % kThreads; i < Tile::kRows * kChunks;
+       i += kThreads) {
     *reinterpret_cast<uint4*>(tile.chunk(i / kChunks, i % kChunks)) = make_uint4(0, 0, 0, 0);
   }
 }
+// What threads wrote to shared memory is there for everyone's products.
 FASTATTN_DEVICE void meet_consumers() {
   ptx::fence_proxy_async();
   ptx::bar_sync(kBothConsumers, BwdTileSm90::kConsumerThreads);
+}
+FASTATTN_DEVICE void meet_warpgroup(int consumer) {
+  ptx::fence_proxy_async();
+  ptx::bar_sync(kOneConsumer + consumer, kWarpgroupThreads);
+}
+
+// Of K, when it is there. Those of V spoil nothing but gradients that nobody wants.
+template <int kHeadDim>
+FASTATTN_DEVICE void clear_other_keys(const AttnBwdSm90Launch& launch,
+                                      const KeyTile<kHeadDim>& tile,
+                                      const BwdSharedSm90<kHeadDim>& shared) {
+  if (launch.bwd.params.fwd.cu_seqlens_q && tile.keys < bwd_tile_sm90(kHeadDim).block_k) {
+    clear_rows<BwdTileSm90::kConsumerThreads>(shared.k(), tile.keys);
+    meet_consumers();
+  }
 }
 
 // Rows from `end` on, of which `row` is this thread's first: keys that are not there have zeros for
@@ -103,12 +120,12 @@ FASTATTN_DEVICE void store_ds(const uint32_t (&ds)[kK][4], const DSTile& sDS, in
   }
 }
 
-// A consumer's 64 × 64 of a block's dQ: which 64 queries, or which 64 columns.
+// 64 × 64 of a block's dQ: which 64 queries, and which 64 columns.
 struct DQPart {
   int rows, columns;
 };
-FASTATTN_DEVICE DQPart dq_part(int block_q, int consumer) {
-  return {block_q == 128 ? consumer : 0, block_q == 128 ? 0 : consumer};
+FASTATTN_DEVICE DQPart dq_part(int block_q, int index) {
+  return {index % (block_q / 64), index / (block_q / 64)};
 }
 
 // To shared memory, when what was there has left it.
@@ -127,21 +144,22 @@ FASTATTN_DEVICE void stage_dq(const float (&dq)[1][8][4], const DQTile& sDQ, int
           make_float2(dq[0][n][2 * half], dq[0][n][2 * half + 1]);
     }
   }
-  ptx::fence_proxy_async();
-  ptx::bar_sync(kOneConsumer + consumer, kWarpgroupThreads);
+  meet_warpgroup(consumer);
 }
 
 // And from there to the sums, by one thread: in its turn, if there are turns.
 template <int kHeadDim>
 FASTATTN_DEVICE void add_dq(const AttnBwdSm90Launch& launch, const KeyTile<kHeadDim>& tile,
-                            int head, int m_block, int consumer, const unsigned char* staged) {
-  constexpr int kBlockQ = bwd_tile_sm90(kHeadDim).block_q, kPanelBytes = 64 * 128;
+                            int head, int m_block, int index, const unsigned char* staged) {
+  constexpr BwdTileSm90 kTile = bwd_tile_sm90(kHeadDim);
+  constexpr int kBlockQ = kTile.block_q, kPanelBytes = 64 * 128;
   const AttnFwdParams& p = launch.bwd.params.fwd;
-  const DQPart part = dq_part(kBlockQ, consumer);
+  const DQPart part = dq_part(kBlockQ, index);
   uint32_t* turns = launch.turns;
   if (turns) {
     const int m_blocks = static_cast<int>(ceil_div(p.seqlen_q, kBlockQ));
-    turns += ((int64_t{tile.batch} * p.heads_q + head) * m_blocks + m_block) * 2 + consumer;
+    turns +=
+        ((int64_t{tile.batch} * p.heads_q + head) * m_blocks + m_block) * kTile.dq_parts() + index;
     const uint32_t mine = tile.turn(m_block);
     while (*static_cast<volatile uint32_t*>(turns) != mine) __nanosleep(64);
     __threadfence();

@@ -51,26 +51,50 @@ constexpr FwdTileSm90 kRichFwdTilesSm90[] = {
 };
 // clang-format on
 
-// Attention's backward: kBlockK keys of two consumers, block_q queries at a time, in kStages
-// buffers of Q, of dO and of their lse and delta; two of dSᵀ, and 64 × 64 of dQ in fp32 a consumer.
+// Attention's backward: block_k keys stay, block_q queries pass by in kStages buffers of Q and of
+// their lse and delta, dout_stages of dO. Two consumers have 64 keys each, or the same 64 together:
+// then one holds dV, the other dK. Beside these lie dSᵀ, 64 × 64 of dQ in fp32 a consumer, and
+// scores in fp32 where one consumer hands them to the other.
 struct BwdTileSm90 {
-  int head_dim, block_q;
+  int head_dim, block_k, block_q, dout_stages;
 
-  static constexpr int kBlockK = 128, kStages = 2;
+  static constexpr int kStages = 2;
   static constexpr int kConsumerThreads = 256, kThreads = 384;
 
-  FASTATTN_HD constexpr int barriers() const { return 2 + 6 * kStages; }
+  FASTATTN_HD constexpr bool shares_keys() const { return block_k == kWarpgroupRows; }
+  // Of dSᵀ: what is handed over keeps consumers that share keys within one block of queries.
+  FASTATTN_HD constexpr int ds_buffers() const { return shares_keys() ? 1 : 2; }
+  FASTATTN_HD constexpr int scores_bytes() const {
+    return shares_keys() ? 4 * block_k * block_q : 0;
+  }
+  // A block's dQ, 64 × 64 each.
+  FASTATTN_HD constexpr int dq_parts() const { return block_q / 64 * (head_dim / 64); }
+  FASTATTN_HD constexpr int barriers() const { return 2 + 4 * kStages + 2 * dout_stages; }
   FASTATTN_HD constexpr int shared_bytes() const {
-    return 2 * head_dim * (2 * kBlockK + 2 * kStages * block_q) + 2 * 2 * kBlockK * block_q +
-           2 * 64 * 64 * 4 + kStages * 2 * block_q * 4 + 8 * barriers();
+    return 2 * head_dim * (2 * block_k + (kStages + dout_stages) * block_q) +
+           ds_buffers() * 2 * block_k * block_q + 2 * 64 * 64 * 4 + scores_bytes() +
+           kStages * 2 * block_q * 4 + 8 * barriers();
   }
 };
 
 // A consumer's thread holds head_dim sums, of dK and dV, and block_q scores and their gradients, of
-// 240 registers. Both are the tiles of FlashAttention-3.
-FASTATTN_HD constexpr BwdTileSm90 bwd_tile_sm90(int head_dim) {
-  if (head_dim <= 64) return {64, 128};  // 193 KB; 64 + 128 registers
-  return {128, 64};                      // 193 KB; 128 + 64
+// 240 registers. That is why consumers share keys beyond 128: head_dim / 2 sums are left to each.
+// Halves of dK's and dV's columns for each would need no scores handed over, but 2 · 32 queries of
+// S and dP instead, products that read 1.5 times as much of shared memory as it delivers.
+// clang-format off
+constexpr BwdTileSm90 kBwdTilesSm90[] = {
+    {64, 128, 128, 2},  // 193 KB; 64 + 128 registers: as FlashAttention-3
+    {128, 128, 64, 2},  // 193 KB; 128 + 64: likewise
+    {192, 64, 64, 2},   // 201 KB; 96 + 64, 32 of a part of dQ
+    {256, 64, 64, 1},   // 217 KB, a second buffer of dO would be 32 more; 128 + 64 + 32
+};
+// clang-format on
+
+FASTATTN_HD constexpr BwdTileSm90 bwd_tile_sm90(int64_t head_dim) {
+  for (const BwdTileSm90& tile : kBwdTilesSm90) {
+    if (head_dim <= tile.head_dim) return tile;
+  }
+  return {};
 }
 
 FASTATTN_HD constexpr FwdTileSm90 fwd_tile_sm90(int head_dim, Scores scores) {

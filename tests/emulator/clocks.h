@@ -103,19 +103,19 @@ class Join {
     (*clock)[thread] = std::max((*clock)[thread], count);
   }
   static void add_once(Clock* clock, const std::shared_ptr<const Clock>& other,
-                       const Clock** last) {
-    if (other == nullptr || other.get() == *last) return;
-    *last = other.get();
+                       std::shared_ptr<const Clock>* last) {
+    if (other == nullptr || other == *last) return;
+    *last = other;
     join(clock, *other);
   }
 
   struct Others {
     OtherBlocks joined;
-    const OtherBlocks* last = nullptr;  // just added: joining it again changes nothing
+    std::shared_ptr<const OtherBlocks> last;
 
     void add(const std::shared_ptr<const OtherBlocks>& other) {
-      if (other == nullptr || other.get() == last) return;
-      last = other.get();
+      if (other == nullptr || other == last) return;
+      last = other;
       join(&joined, *other);
     }
     std::shared_ptr<const OtherBlocks> take() {
@@ -125,7 +125,8 @@ class Join {
   };
 
   Clock own_, async_;
-  const Clock *last_ = nullptr, *last_async_ = nullptr;  // just added
+  // Just added: joining it again changes nothing. Held, so that no other one takes its address.
+  std::shared_ptr<const Clock> last_, last_async_;
   Others others_, fenced_, acquired_;
 };
 
