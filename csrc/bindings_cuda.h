@@ -64,14 +64,17 @@ class Kernels {
   template <class... Arguments>
   explicit Kernels(Arguments&&... arguments) : call_(std::forward<Arguments>(arguments)...) {}
 
-  void attn_fwd(const AttnFwdParams& p) { cuda::attn_fwd(p, call_.device()); }
+  void attn_fwd(const AttnFwdParams& p) {
+    void* workspace = scratch(cuda::attn_fwd_workspace(p, call_.device()));
+    cuda::attn_fwd(p, workspace, call_.device());
+  }
   void attn_entropy(const AttnEntropyParams& p) { cuda::attn_entropy(p, call_.device()); }
   void attn_bwd(const AttnBwdParams& p) {
-    void* workspace = call_.workspace(cuda::attn_bwd_workspace(p, call_.device()));
+    void* workspace = scratch(cuda::attn_bwd_workspace(p, call_.device()));
     cuda::attn_bwd(p, workspace, call_.device());
   }
   void attn_decode(const AttnDecodeParams& p) {
-    void* workspace = call_.workspace(cuda::attn_decode_workspace(p, call_.device()));
+    void* workspace = scratch(cuda::attn_decode_workspace(p, call_.device()));
     cuda::attn_decode(p, workspace, call_.device());
   }
   void cache_append(const CacheAppendParams& p) { cuda::cache_append(p, call_.device()); }
@@ -86,6 +89,8 @@ class Kernels {
   static std::string target() { return FASTATTN_BUILT_FOR; }
 
  private:
+  void* scratch(int64_t bytes) { return bytes > 0 ? call_.workspace(bytes) : nullptr; }
+
   Call call_;
 };
 

@@ -95,7 +95,8 @@ struct AttnDecodeParams {
   float* lse;
   int64_t lse_stride_batch, lse_stride_head;
 
-  const int32_t* cache_seqlens;    // (B): valid keys are [leftpad, cache_seqlens + seqlen_new)
+  // (B): valid keys are [leftpad, cache_seqlens + seqlen_new); the CUDA kernels take null for zeros
+  const int32_t* cache_seqlens;
   int64_t seqlen_new;              // keys appended to every sequence just before
   const int32_t* cache_leftpad;    // (B) or null
   const int32_t* cache_batch_idx;  // (B) or null

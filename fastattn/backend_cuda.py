@@ -73,23 +73,50 @@ def refuses(p: Problem, asked: bool) -> str | None:
 
 
 def remark(p: Problem) -> str | None:
-    """On Hopper: why a problem isn't for its own kernel; csrc/cuda/tensor_map.cu decides."""
-    if not isinstance(p, AttentionProblem) or arch(p.q) != 90 or p.q.dtype == torch.float32:
+    """What kernels take a problem that isn't for those one would think of."""
+    if not isinstance(p, AttentionProblem):
         return None
+    remarks = []
+    if _decodes(p):
+        remarks.append("forward by the kernels for decoding, which split keys among blocks")
+    if arch(p.q) == 90 and p.q.dtype != torch.float32:
+        reason = _tma_refuses(p)
+        passes = "backward" if remarks else "forward and backward"
+        remarks.append(f"{passes} by {reason or 'wgmma and TMA'}")
+    return "; ".join(remarks) or None
+
+
+def _decodes(p: AttentionProblem) -> bool:
+    """As csrc/cuda/attn_fwd.cu decides."""
+    unknown = p.packed or p.mask is not None or p.bias is not None or p.dropout_p > 0
+    if unknown or p.k.shape[1] < 512:
+        return False
+    batch, seqlen_q, heads_q, head_dim = p.q.shape
+    rows = heads_q // p.k.shape[2] * seqlen_q
+    tiles = batch * heads_q * -(-seqlen_q // 128)
+    idle = 2 * tiles <= _multiprocessors(p.q)
+    return rows <= 16 or (rows <= 512 and max(head_dim, p.v.shape[-1]) <= 128 and idle)
+
+
+def _multiprocessors(t: Tensor) -> int:
+    if library.emulated():
+        return 8  # csrc/cuda/device.cu
+    return torch.cuda.get_device_properties(t.device).multi_processor_count
+
+
+def _tma_refuses(p: AttentionProblem) -> str | None:
+    """Why a problem isn't for Hopper's own kernels; csrc/cuda/tensor_map.cu decides."""
     for name, t in (("q", p.q), ("k", p.k), ("v", p.v)):
-        if (reason := _tma_refuses(t)) is not None:
-            return f"by the kernels of sm_80, as TMA can't copy {name}: {reason}"
-    return "forward and backward by wgmma and TMA"
-
-
-def _tma_refuses(t: Tensor) -> str | None:
-    if t.numel() == 0:
-        return "it is empty"
-    if t.data_ptr() % 16 != 0:
-        return "it isn't aligned to 16 bytes"
-    sizes_and_strides = zip(t.shape[:-1], t.stride()[:-1], strict=True)
-    if any(n > 1 and (stride <= 0 or stride % 8 != 0) for n, stride in sizes_and_strides):
-        return f"of strides {t.stride()} one is no positive multiple of 8"
+        sizes_and_strides = zip(t.shape[:-1], t.stride()[:-1], strict=True)
+        if t.numel() == 0:
+            reason = "it is empty"
+        elif t.data_ptr() % 16 != 0:
+            reason = "it isn't aligned to 16 bytes"
+        elif any(n > 1 and (stride <= 0 or stride % 8 != 0) for n, stride in sizes_and_strides):
+            reason = f"of strides {t.stride()} one is no positive multiple of 8"
+        else:
+            continue
+        return f"the kernels of sm_80, as TMA can't copy {name}: {reason}"
     return None
 
 

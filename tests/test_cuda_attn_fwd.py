@@ -15,9 +15,10 @@ import pytest
 import torch
 from emulator.runtime import Library
 
-from fastattn import reference
+from fastattn import backend_cuda, reference
 from fastattn.testing import (
     CASES,
+    CAUSAL,
     Case,
     assert_results_close,
     eager_attention,
@@ -61,6 +62,34 @@ def test_whatever_the_order_of_events(emulator: Library, case: Case, poisoned: N
     assert first is not None
     results = [first, reference.attention(to_float64(p)), eager_attention(p)]
     assert_results_close(*(dict(zip(NAMES, result, strict=True)) for result in results))
+
+
+# Their keys are shared out among blocks of threads, by the kernels for decoding.
+FEW_QUERIES = (
+    Case("few-causal", (2, 3, 520), (4, 2), 64, window=CAUSAL),
+    Case("few-sinks", (1, 1, 600), (2, 1), 40, 72, window=(500, 0), sinks=True),
+    Case("few-alibi", (1, 7, 600), (2, 1), 40, softcap=9.0, alibi="h"),
+    Case("few-no-tensor-cores", (1, 5, 700), (2, 2), 192, 256, window=(600, 3)),
+    Case("few-idle", (1, 40, 513), (2, 1), 96, window=CAUSAL),
+    Case("few-strides", (1, 2, 512), (2, 2), 24, strides="padded"),
+)
+MANY_QUERIES = (
+    Case("few-keys", (1, 1, 511), (1, 1)),
+    Case("few-masked", (1, 1, 512), (1, 1), mask="11qk"),
+    Case("few-busy", (5, 17, 512), (1, 1)),  # the emulator has 8 SMs
+)
+
+
+@pytest.mark.parametrize("case", [*FEW_QUERIES, *MANY_QUERIES], ids=str)
+def test_few_queries_are_decoded(emulator: Library, case: Case, poisoned: None) -> None:
+    p = make_problem(case, torch.float16)
+    emulator.set_options("without=?")  # lists the places that are passed
+    emulator.passed_places()
+    results = [public.attention(p, "cuda"), reference.attention(to_float64(p)), eager_attention(p)]
+    assert_results_close(*(dict(zip(NAMES, result, strict=True)) for result in results))
+    decoded = any(place.startswith("attn_decode") for place in emulator.passed_places())
+    assert decoded == (case in FEW_QUERIES)
+    assert decoded == ("by the kernels for decoding" in (backend_cuda.remark(p) or ""))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)

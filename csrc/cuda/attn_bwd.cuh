@@ -47,32 +47,44 @@ class Gradients {
                              const Stats& stats) const {
     const AttnFwdParams& p = b_.fwd;
     mods_.cap(weights);
-    float slopes[1][kN][4];
-    const float per_cap = 1.0f / p.softcap;
-    for_each_element(slopes, [&](float& slope, int m, int n, int half, int e) {
-      const float t = weights[m][n][2 * half + e] * per_cap;
-      slope = p.softcap > 0 ? 1.0f - t * t : 1.0f;
-    });
+    float slopes[1][kN][4] = {};
+    if (p.softcap > 0) {
+      const float per_cap = 1.0f / p.softcap;
+      for_each_element(slopes, [&](float& slope, int m, int n, int half, int e) {
+        const float t = weights[m][n][2 * half + e] * per_cap;
+        slope = 1.0f - t * t;
+      });
+    }
     mods_.add(weights, at);
     if (!inside) hide_outside(weights, window, at);
+    float kept[1][kN][4] = {};  // 0, or what is kept is multiplied by
+    if (p.seed) {
+      for_each_element(kept, [&](float& factor, int, int, int, int) { factor = p.dropout_scale; });
+      mods_.drop(kept, at);
+      for_each_element(dweights, [&](float& dweight, int m, int n, int half, int e) {
+        dweight *= kept[m][n][2 * half + e];
+      });
+    }
     for_each_element(weights, [&](float& weight, int m, int n, int half, int e) {
       const float2 lse_delta = stats(n, half, e);
       float& dweight = dweights[m][n][2 * half + e];
       const bool hidden = weight == -INFINITY;
       const float prob = ptx::ex2((weight - lse_delta.x) * kLog2E);
-      float kept = 1.0f;
-      if (p.seed) {
-        const bool keeps = mods_.keeps({at.row + 16 * m + 8 * half, at.column + 8 * n + e});
-        kept = keeps ? p.dropout_scale : 0.0f;
-      }
-      const float dscore = prob * (kept * dweight - lse_delta.y);
-      weight = hidden ? 0.0f : prob * kept;
+      const float dscore = prob * (dweight - lse_delta.y);
+      weight = hidden ? 0.0f : prob;
       dweight = hidden ? 0.0f : dscore;  // NaN of what is hidden stays behind
     });
+    if (p.seed) {
+      for_each_element(weights, [&](float& weight, int m, int n, int half, int e) {
+        weight *= kept[m][n][2 * half + e];
+      });
+    }
     if (kAddsBias && b_.dbias) add_dbias(dweights, at);
-    for_each_element(dweights, [&](float& d, int m, int n, int half, int e) {
-      d *= slopes[m][n][2 * half + e];
-    });
+    if (p.softcap > 0) {
+      for_each_element(dweights, [&](float& d, int m, int n, int half, int e) {
+        d *= slopes[m][n][2 * half + e];
+      });
+    }
   }
 
  private:

@@ -70,7 +70,7 @@ struct Tile {
 
     t.group_size = int(p.heads_q / p.heads_k);
     const int seqlen_q = int(p.seqlen_q);
-    const int length = p.cache_seqlens[t.batch] + int(p.seqlen_new);
+    const int length = (p.cache_seqlens ? p.cache_seqlens[t.batch] : 0) + int(p.seqlen_new);
     const int all = length + seqlen_q;
     t.diagonal = length - seqlen_q;
     t.first_key = t.diagonal - (p.window_left < 0 ? all : int(min(p.window_left, int64_t(all))));

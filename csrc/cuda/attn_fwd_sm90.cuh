@@ -12,7 +12,9 @@
 //                       products take longer than the softmax anyway.
 //
 // Keys pass by in blocks of block_n, from the last to the first. The grid has one block of threads
-// an SM, which goes on to its next tile of queries while the copies for it are under way.
+// an SM, which goes on to its next tile of queries while the copies for it are under way. Outputs
+// leave by threads, 16 bytes each: TMA would write over the next sequence's, and wants strides that
+// `out` need not have, so that it would be one path more for some 2 % of a short tile's time.
 #pragma once
 
 #include <type_traits>
@@ -75,7 +77,9 @@ FASTATTN_DEVICE void produce(const AttnFwdSm90Launch& launch,
   const AttnFwdParams& p = launch.fwd.params;
   const int items = static_cast<int>(launch.fwd.order.items());
 #pragma unroll 1
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+  for (int round = 0; true; round++) {
+    const int item = WorkOrder::nth_item(round, blockIdx.x, gridDim.x);
+    if (item >= items) break;
     const QueryTile tile(p, launch.fwd.order, Shared::kTile.block_m(), Shared::kTile.block_n, item);
     if (tile.rows <= 0) continue;
     const int batch = p.cu_seqlens_q ? 0 : tile.batch;
@@ -132,7 +136,9 @@ FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim
   const int items = static_cast<int>(launch.order.items());
   bool any_spoiled = false;
 #pragma unroll 1
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+  for (int round = 0; true; round++) {
+    const int item = WorkOrder::nth_item(round, blockIdx.x, gridDim.x);
+    if (item >= items) break;
     const QueryTile tile(p, launch.order, kBlockM, kBlockN, item);
     if (tile.rows <= 0) continue;
     const KernelWindow window(tile.window);
@@ -248,8 +254,11 @@ void launch_attn_fwd_sm90(const AttnFwdParams& p, const Device& device) {
       tensor_map(mapped(p, p.k, p.k_stride, p.tokens_k, p.heads_k, p.head_dim, kTile.block_n));
   params.v =
       tensor_map(mapped(p, p.v, p.v_stride, p.tokens_k, p.heads_k, p.head_dim_v, kTile.block_n));
-  const Grid grid{lesser(params.fwd.order.items(), device.multiprocessors), 1, 1, kTile.threads(),
-                  kTile.shared_bytes()};
+  // How long tiles of packed sequences take no order foresees: they go to SMs one by one, as these
+  // get free. (Blocks that stay and count tiles would need a counter that is cleared before.)
+  const int64_t items = params.fwd.order.items();
+  const Grid grid{p.cu_seqlens_q ? items : lesser(items, device.multiprocessors), 1, 1,
+                  kTile.threads(), kTile.shared_bytes()};
   launch(attn_fwd_sm90_kernel<T, kHeadDim, kScores>, grid, params, device, describe(p));
 }
 

@@ -36,7 +36,7 @@ template <int kHeadDim>
 FASTATTN_DEVICE void clear_other_keys(const AttnBwdSm90Launch& launch,
                                       const KeyTile<kHeadDim>& tile,
                                       const BwdSharedSm90<kHeadDim>& shared) {
-  if (launch.bwd.params.fwd.cu_seqlens_q && tile.keys < bwd_tile_sm90(kHeadDim).block_k) {
+  if (launch.bwd.params.fwd.cu_seqlens_q && tile.keys < KeyTile<kHeadDim>::kTile.block_k) {
     clear_rows<BwdTileSm90::kConsumerThreads>(shared.k(), tile.keys);
     meet_consumers();
   }

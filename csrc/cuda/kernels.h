@@ -23,7 +23,8 @@ struct Device {
 // is none. In the emulator: the one that FASTATTN_EMULATE_ARCH names, sm_80 by default.
 Device device(int index, void* stream);
 
-void attn_fwd(const AttnFwdParams& p, const Device& device);
+int64_t attn_fwd_workspace(const AttnFwdParams& p, const Device& device);
+void attn_fwd(const AttnFwdParams& p, void* workspace, const Device& device);
 
 void attn_entropy(const AttnEntropyParams& p, const Device& device);
 

@@ -114,7 +114,9 @@ __device__ __noinline__ void repair_tiles(const AttnFwdLaunch& launch, int warp_
   const AttnFwdParams& p = launch.params;
   __syncwarp();
 #pragma unroll 1
-  for (int item = blockIdx.x; item < launch.order.items(); item += gridDim.x) {
+  for (int round = 0; true; round++) {
+    const int item = WorkOrder::nth_item(round, blockIdx.x, gridDim.x);
+    if (item >= launch.order.items()) break;
     const QueryTile tile(p, launch.order, kBlockM, 1, item);
 #pragma unroll 1
     for (int row = warp_row; row < min(warp_row + 16, tile.rows); row++) {

@@ -190,27 +190,52 @@ class ScoreMods {
     return (at.column & 2 ? high : low) >= p_.dropout_threshold;
   }
 
-  // Weights that are dropped become 0; those kept are scaled with the output. The counters of a
-  // quad's 8 columns are two, and a lane's two columns are half of one: lanes 2i and 2i + 1 make
-  // the words of one row each, and exchange the halves.
+  // Which of this thread's elements of a 16 × 8 tile dropout keeps, by a whole warp. Lanes that
+  // share counters make the words of one each, and vote on them: where rows are queries, two lanes
+  // have the four keys of two counters, half a tile apart; where rows are keys, four lanes of a
+  // column have those of four, of two halves and two queries.
+  class Kept {
+   public:
+    FASTATTN_DEVICE Kept(const ScoreMods& mods, Position at) {
+      constexpr bool kQueries = kRows == Rows::kQueries;
+      const int lane = threadIdx.x % 32, mine = kQueries ? lane % 2 : lane / 4 % 4;
+      const int query = kQueries ? at.row + 8 * mine : at.column + mine % 2;
+      const int key = kQueries ? at.column : at.row + mine / 2 * 8;
+      uint32_t words[4] = {static_cast<uint32_t>(key / 4), static_cast<uint32_t>(query),
+                           static_cast<uint32_t>(mods.head_), mods.batch_};
+      philox(words, static_cast<uint64_t>(*mods.p_.seed));
+#pragma unroll
+      for (uint32_t& word : words) {
+        word = __ballot_sync(0xffffffffu, word >= mods.p_.dropout_threshold);
+      }
+      if (kQueries) {  // keys 2·mine and 2·mine + 1 of the counters of this lane and the other
+        lanes_[0] = (mine ? words[2] : words[0]) >> (lane & 30);
+        lanes_[1] = (mine ? words[3] : words[1]) >> (lane & 30);
+      } else {  // key `mine` of all four
+        const uint32_t low = mine & 1 ? words[1] : words[0], high = mine & 1 ? words[3] : words[2];
+        lanes_[0] = (mine & 2 ? high : low) >> (lane & 19);
+        lanes_[1] = lanes_[0] >> 4;
+      }
+    }
+    FASTATTN_DEVICE bool operator()(int half, int e) const {
+      return lanes_[e] >> (kRows == Rows::kQueries ? half : 8 * half) & 1;
+    }
+
+   private:
+    uint32_t lanes_[2];  // of e; which of them keep it
+  };
+
+  // Weights that are dropped become 0; those kept are scaled with the output.
   template <int kM, int kN>
   FASTATTN_DEVICE void drop(float (&weights)[kM][kN][4], Position at) const {
-    const uint64_t key = static_cast<uint64_t>(*p_.seed);
-    const bool odd = threadIdx.x & 1;
 #pragma unroll
     for (int m = 0; m < kM; m++) {
 #pragma unroll
       for (int n = 0; n < kN; n++) {
-        const int row = at.row + 16 * m + (odd ? 8 : 0);
-        uint32_t words[4] = {static_cast<uint32_t>((at.column + 8 * n) / 4),
-                             static_cast<uint32_t>(row), static_cast<uint32_t>(head_), batch_};
-        philox(words, key);
+        const Kept kept(*this, {at.row + 16 * m, at.column + 8 * n});
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const uint32_t mine = odd ? words[2 + e] : words[e];
-          const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? words[e] : words[2 + e], 1);
-          if ((odd ? other : mine) < p_.dropout_threshold) weights[m][n][e] = 0.0f;
-          if ((odd ? mine : other) < p_.dropout_threshold) weights[m][n][2 + e] = 0.0f;
+        for (int i = 0; i < 4; i++) {
+          if (!kept(i / 2, i % 2)) weights[m][n][i] = 0.0f;
         }
       }
     }

@@ -82,20 +82,13 @@ struct BwdTileSm90 {
 // Halves of dK's and dV's columns for each would need no scores handed over, but 2 · 32 queries of
 // S and dP instead, products that read 1.5 times as much of shared memory as it delivers.
 // clang-format off
-constexpr BwdTileSm90 kBwdTilesSm90[] = {
-    {64, 128, 128, 2},  // 193 KB; 64 + 128 registers: as FlashAttention-3
-    {128, 128, 64, 2},  // 193 KB; 128 + 64: likewise
-    {192, 64, 64, 2},   // 201 KB; 96 + 64, 32 of a part of dQ
-    {256, 64, 64, 1},   // 217 KB, a second buffer of dO would be 32 more; 128 + 64 + 32
-};
-// clang-format on
-
 FASTATTN_HD constexpr BwdTileSm90 bwd_tile_sm90(int64_t head_dim) {
-  for (const BwdTileSm90& tile : kBwdTilesSm90) {
-    if (head_dim <= tile.head_dim) return tile;
-  }
-  return {};
+  if (head_dim <= 64) return {64, 128, 128, 2};  // 193 KB; 64 + 128 registers: as FlashAttention-3
+  if (head_dim <= 128) return {128, 128, 64, 2}; // 193 KB; 128 + 64: likewise
+  if (head_dim <= 192) return {192, 64, 64, 2};  // 201 KB; 96 + 64, and 32 of a part of dQ
+  return {256, 64, 64, 1};  // 217 KB, a second buffer of dO would be 32 more; 128 + 64 + 32
 }
+// clang-format on
 
 FASTATTN_HD constexpr FwdTileSm90 fwd_tile_sm90(int head_dim, Scores scores) {
   for (int i = 0; i < 5; i++) {

