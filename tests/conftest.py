@@ -109,6 +109,7 @@ def emulate(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(reason)
     monkeypatch.setenv("FASTATTN_EMULATE", str(emulated.build()))
     monkeypatch.setenv("FASTATTN_EMULATE_ARCH", str(arch))
+    assert library.cuda_load_error() is None
 
 
 @pytest.hookimpl(tryfirst=True)  # before those marked slow are left out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import emulated
 import public
 import pytest
@@ -9,7 +11,7 @@ import torch
 from emulator.runtime import Library
 from torch import Tensor
 
-from fastattn import backend_cuda
+from fastattn import backend_cuda, reference
 from fastattn.problem import AttentionProblem
 from fastattn.testing import (
     CASES,
@@ -19,6 +21,7 @@ from fastattn.testing import (
     attention_expected,
     make_problem,
     random_like,
+    to_float64,
 )
 
 DTYPES = {75: (torch.float16, torch.float32), 80: (torch.float16, torch.bfloat16)}
@@ -69,3 +72,35 @@ def test_deterministic_gradient_of_a_shared_bias(emulated_arch: int) -> None:
     expected, ours = (backend_cuda.attn_bwd(p, out, lse, out, None, d)[3] for d in (False, True))
     assert ours is not None and ours.shape == (1, 2, 1, 5) and ours.dtype == torch.float16
     torch.testing.assert_close(ours, expected)
+
+
+HIDING = (
+    Case("causal", (1, 65, 65), (2, 1), 16, window=(-1, 0)),
+    Case("window", (1, 37, 71), (2, 2), 72, 40, window=(20, 3)),
+    Case("mask", (1, 40, 70), (1, 1), 24, mask="11qk", dropout_p=0.3),
+    Case("packed", packed=((5, 7), (40, 30)), heads=(2, 1), head_dim=130, window=(5, 0)),
+)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("case", HIDING, ids=str)
+def test_hidden_values_reach_no_gradient(
+    emulated_arch: int, case: Case, where: str, value: float
+) -> None:
+    """Gradients are numbers wherever the specification says so, and the right ones."""
+    p = make_problem(case, DTYPES[emulated_arch][case.name == "window"])
+    if p.dropout_p > 0:
+        p = p._replace(seed=public.drawn_seed())
+    clean = p.q.new_zeros(*p.q.shape[:-1], p.v.shape[-1])
+    tensors = {"q": p.q, "k": p.k, "v": p.v, "dout": random_like(clean, 1)}
+    tensors[where][..., 20, -1, 3] = value
+    p = p._replace(**{name: tensors[name] for name in "qkv"})
+    out, lse = backend_cuda.attn_fwd(p)
+    ours = backend_cuda.attn_bwd(p, out, lse, tensors["dout"], None, True)
+    wide = (t.double() for t in (out, lse, tensors["dout"]))
+    exact = reference.attention_backward(to_float64(p), *wide)
+    assert not all(grad64.isfinite().all() for grad64 in exact[:3])
+    for grad, grad64 in zip(ours[:3], exact[:3], strict=True):
+        finite = grad64.isfinite()
+        torch.testing.assert_close(grad.double()[finite], grad64[finite], rtol=2e-2, atol=1e-2)

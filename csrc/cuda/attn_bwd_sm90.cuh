@@ -87,7 +87,7 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
         const auto stats = [&](int n, int, int e) {
           return make_float2(lane_stats[8 * n + e], lane_stats[kBlockQ + 8 * n + e]);
         };
-        apply_in_parts(gradients, weights, dweights, seen_by, inside, at, stats);
+        gradients.apply(weights, dweights, seen_by, inside, at, stats);
         if (!inside) {
           fill_behind(weights, at.row, seqlen_k, 0.0f);
           fill_behind(dweights, at.row, seqlen_k, 0.0f);

@@ -5,14 +5,39 @@
 #include "fragments.cuh"
 #include "products.cuh"
 #include "products_fp32.cuh"
+#include "repair.cuh"
+#include "score_mods.cuh"
+#include "store_rows.cuh"
 #include "tile_copy.cuh"
 
 namespace fastattn::cuda {
+
+// Rows warp_row … of a tile that has `rows`, times `factor`.
+template <class T, int kD>
+FASTATTN_DEVICE void store_gradient(const float (&grad)[1][kD][4], T* to, int64_t stride,
+                                    int warp_row, int rows, int cols, float factor) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int r = warp_row + lane / 4 + 8 * half;
+    if (r >= rows) continue;
+#pragma unroll
+    for (int d = 0; d < kD; d++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int c = 8 * d + lane % 4 * 2 + e;
+        if (c < cols) store_element(to + r * stride + c, grad[0][d][2 * half + e] * factor);
+      }
+    }
+  }
+}
 
 // From tiles of 16-bit elements by mma; 16-row fragments, one a warp.
 template <class Arch, class Element>
 struct TensorCores {
   using T = Element;
+  // A T4's products take twice as long, so that shared memory keeps up; its copies need registers.
+  static constexpr bool kHolds = Arch::kAsyncCopy;
   template <int kCols>
   using Tile = SharedTile<kCols>;
 
@@ -30,22 +55,46 @@ struct TensorCores {
     copy_tile<Arch, T, kRows, kCols, kThreads>(source, tile, first, end);
   }
   FASTATTN_DEVICE static void finish_copies() { cuda::finish_copies<Arch>(); }
-  template <int kN, int kCols>
-  FASTATTN_DEVICE static void rows(float (&scores)[1][kN][4], const Tile<kCols>& a, int row,
+  // 16 rows of a tile that stays, as operand A: in registers if there is room, or taken from shared
+  // memory for every product.
+  template <int kCols, bool kHeld>
+  struct Operand {
+    Tile<kCols> tile;
+    int row;
+    uint32_t held[kHeld ? kCols / 16 : 1][1][4];
+
+    FASTATTN_DEVICE void hold() {
+      if constexpr (kHeld) {
+#pragma unroll
+        for (int k = 0; k < kCols / 16; k++) load_a(held[k][0], tile, row, k);
+      }
+    }
+  };
+  template <int kN, int kCols, bool kHeld>
+  FASTATTN_DEVICE static void rows(float (&scores)[1][kN][4], const Operand<kCols, kHeld>& a,
                                    const Tile<kCols>& b) {
-    const uint32_t none[1][1][4] = {};
-    multiply_rows<Arch, T>(scores, a, row, none, b);
+    multiply_rows<Arch, T>(scores, a.tile, a.row, a.held, b);
   }
   template <int kN, int kD, int kCols>
   FASTATTN_DEVICE static void add(float (&out)[1][kD][4], const float (&weights)[1][kN][4],
                                   const Tile<kCols>& b) {
     multiply_add<Arch, T>(out, weights, b);
   }
+  // Through rows of `tile` that are this warp's own.
+  template <int kD, int kCols>
+  FASTATTN_DEVICE static void store(float (&grad)[1][kD][4], const Tile<kCols>& tile, int warp_row,
+                                    T* to, int64_t stride, int rows, int64_t cols, float factor,
+                                    bool aligned) {
+    for_each_element(grad, [&](float& x, int, int, int, int) { x *= factor; });
+    __syncwarp();  // other lanes have read them
+    store_out(grad, tile, warp_row, to, stride, rows, static_cast<int>(cols), aligned);
+  }
 };
 
 // From fp32 tiles by multiply-add.
 struct MultiplyAdd {
   using T = float;
+  static constexpr bool kHolds = false;
   template <int kCols>
   using Tile = FloatTile<kCols>;
 
@@ -63,19 +112,46 @@ struct MultiplyAdd {
     copy_rows<kRows, kCols, kThreads>(tile, source.rows, source.stride, first, end, source.cols);
   }
   FASTATTN_DEVICE static void finish_copies() {}
-  template <int kN, int kCols>
-  FASTATTN_DEVICE static void rows(float (&scores)[1][kN][4], const Tile<kCols>& a, int row,
+  template <int kCols, bool kHeld>
+  struct Operand {
+    Tile<kCols> tile;
+    int row;
+
+    FASTATTN_DEVICE void hold() {}
+  };
+  template <int kN, int kCols, bool kHeld>
+  FASTATTN_DEVICE static void rows(float (&scores)[1][kN][4], const Operand<kCols, kHeld>& a,
                                    const Tile<kCols>& b) {
-    multiply_rows(scores, a, row, b);
+    multiply_rows(scores, a.tile, a.row, b);
   }
   template <int kN, int kD, int kCols>
   FASTATTN_DEVICE static void add(float (&out)[1][kD][4], const float (&weights)[1][kN][4],
                                   const Tile<kCols>& b) {
     multiply_add(out, weights, b);
   }
+  template <int kD, int kCols>
+  FASTATTN_DEVICE static void store(const float (&grad)[1][kD][4], const Tile<kCols>&, int warp_row,
+                                    T* to, int64_t stride, int rows, int64_t cols, float factor,
+                                    bool) {
+    store_gradient(grad, to, stride, warp_row, rows, static_cast<int>(cols), factor);
+  }
 };
 
-// kBlockM rows stay, kBlockN pass by; two tiles of each, in at most 64 KB.
+// What an A100's pipes need for a block that passes by, in cycles of one of an SM's four quarters,
+// as tests/pipe_cycles.py counts them; a model, not a measurement:
+//
+//   kernel  D    products  shared memory, L1  the latter if nothing were held
+//   dQ      64        384                472                              600
+//   dQ      128       384                472                              728
+//   dK, dV  64        512                664                              792
+//   dK, dV  128       512                888
+//   dQ      256       768               1560
+//
+// Shared memory is the limit: a warp has 16 rows, so that a fragment of what passes by feeds one
+// product. Operands that stay are held in registers as far as there are any. A T4 is limited by its
+// products, by 4 % to 35 %, or up to 2 % by shared memory where D is 256.
+//
+// kBlockM rows stay, kBlockN pass by; two tiles of each or more, in at most 64 KB.
 template <class Math, int kHeadDim>
 struct BwdTile {
   static constexpr bool kHalf = sizeof(typename Math::T) == 2;
@@ -87,7 +163,10 @@ struct BwdTile {
   static constexpr int kBlockN = kHalf || kHeadDim <= 128 ? (kHalf && kHeadDim <= 64 ? 32 : 16) : 8;
   static constexpr int kThreads = 2 * kBlockM;  // a warp for 16 rows
   static constexpr int kRowBytes = Math::template row_bytes<kHeadDim>();
-  static constexpr int kSharedBytes = 2 * (kBlockM + kBlockN) * kRowBytes;
+  // Of K and V for dQ: 2 where one is copied while the other is computed with.
+  static constexpr int kKeyStages = Math::kHolds && kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kDQBytes = 2 * (kBlockM + kKeyStages * kBlockN) * kRowBytes;
+  static constexpr int kDKVBytes = 2 * (kBlockM + kBlockN) * kRowBytes + 2 * 4 * kBlockN;
 };
 
 }  // namespace fastattn::cuda

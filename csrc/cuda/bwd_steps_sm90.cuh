@@ -83,29 +83,6 @@ FASTATTN_DEVICE void plain_gradients(const float (&weights)[1][kN][4], float (&d
   }
 }
 
-// Those of any scores, 8 queries at a time: what they need between takes registers.
-template <class Gradients, int kN, class Stats>
-FASTATTN_DEVICE void apply_in_parts(const Gradients& gradients, float (&weights)[1][kN][4],
-                                    float (&dweights)[1][kN][4], const KernelWindow& window,
-                                    bool inside, Position at, const Stats& stats) {
-#pragma unroll
-  for (int n = 0; n < kN; n++) {
-    float part[1][1][4], dpart[1][1][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      part[0][0][i] = weights[0][n][i];
-      dpart[0][0][i] = dweights[0][n][i];
-    }
-    gradients.apply(part, dpart, window, inside, {at.row, at.column + 8 * n},
-                    [&](int, int half, int e) { return stats(n, half, e); });
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      weights[0][n][i] = part[0][0][i];
-      dweights[0][n][i] = dpart[0][0][i];
-    }
-  }
-}
-
 // dSᵀ to shared memory, rows of keys.
 template <class DSTile, int kK>
 FASTATTN_DEVICE void store_ds(const uint32_t (&ds)[kK][4], const DSTile& sDS, int warp_row) {

@@ -92,7 +92,7 @@ struct WideBlock {
                                                          tile.window, head);
     const bool all = inside();
     const Position at = position();
-    apply_in_parts(gradients, weights, dweights, seen_by, all, at, [&](int n, int, int e) {
+    gradients.apply(weights, dweights, seen_by, all, at, [&](int n, int, int e) {
       return make_float2(lane_stats[8 * n + e], lane_stats[kBlockQ + 8 * n + e]);
     });
     if (!all) {

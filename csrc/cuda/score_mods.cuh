@@ -82,10 +82,10 @@ struct KernelWindow {
   }
 };
 
-// Scores outside the window, or behind the last key, become −inf.
+// What is outside the window, or behind the last key, becomes `value`.
 template <int kM, int kN>
-FASTATTN_DEVICE void hide_outside(float (&scores)[kM][kN][4], const KernelWindow& window,
-                                  Position at) {
+FASTATTN_DEVICE void fill_outside(float (&scores)[kM][kN][4], const KernelWindow& window,
+                                  Position at, float value) {
   const int diagonal = at.row - at.column, tail = window.seqlen_k - at.column;
 #pragma unroll
   for (int m = 0; m < kM; m++) {
@@ -98,11 +98,16 @@ FASTATTN_DEVICE void hide_outside(float (&scores)[kM][kN][4], const KernelWindow
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int key = 8 * n + e;
-          if (key < begin || key >= end) scores[m][n][2 * half + e] = -INFINITY;
+          if (key < begin || key >= end) scores[m][n][2 * half + e] = value;
         }
       }
     }
   }
+}
+template <int kM, int kN>
+FASTATTN_DEVICE void hide_outside(float (&scores)[kM][kN][4], const KernelWindow& window,
+                                  Position at) {
+  fill_outside(scores, window, at, -INFINITY);
 }
 
 // tanh within 3e-7 relative, never beyond ±1; NaN stays NaN. Up to |x| = 0.8, where 1 − 2 / (1 +
@@ -143,7 +148,7 @@ class ScoreMods {
   template <int kM, int kN>
   FASTATTN_DEVICE void cap(float (&scores)[kM][kN][4]) const {
     if (p_.softcap > 0) {
-      const float factor = p_.scale / p_.softcap;
+      const float factor = p_.scale * ptx::rcp(p_.softcap);
       for_each_element(
           scores, [&](float& s, int, int, int, int) { s = p_.softcap * fast_tanh(s * factor); });
     } else {
