@@ -161,6 +161,21 @@ def test_what_a_query_does_not_see_does_not_reach_it(group: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", (1, 8))
+def test_what_a_window_has_left_behind_does_not_either(group: int, dtype: torch.dtype) -> None:
+    case = DecodeCase("left", (80,), 4, capacity=80, heads=(2 * group, 2), window=(3, 0))
+    p = make_decode_problem(case, dtype)
+    clean = solve(p)
+    p.k_cache[:, 73] = math.nan  # which the first query sees alone
+    p.v_cache[:, 73] = math.inf
+    out, lse = solve(p)
+    eps = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out[:, 1:], clean[0][:, 1:], rtol=eps, atol=eps)
+    assert torch.equal(lse[:, :, 1:], clean[1][:, :, 1:])
+    assert not out[:, 0].isfinite().any() and lse[:, :, 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_queries_without_keys_give_zero(dtype: torch.dtype) -> None:
     case = DecodeCase("short", (2, 40), seqlen_q=4, heads=(6, 2), window=CAUSAL, leftpad=(0, 40))
     out, lse = solve(make_decode_problem(case, dtype))

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kRows>)
   constexpr int kTeams = kThreads / kLanes, kDims = kSlice * kLanes, kKeys = kKeysAtATime<T, kRows>;
   constexpr unsigned kAll = 0xffffffff;
   FASTATTN_SHARED(memory);
-  float* sOut = reinterpret_cast<float*>(memory);  // (kTeams, kRows, kDims)
+  float* sOut = reinterpret_cast<float*>(memory);  // see out_index
   RowState* sStates = reinterpret_cast<RowState*>(sOut + kThreads * kRows * kSlice);  // (…, kRows)
 
   const Tile t = Tile::of_block<kRows>(p);
@@ -124,9 +124,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kRows>)
 
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    float* to = sOut + (team * kRows + r) * kDims + dim;
 #pragma unroll
-    for (int i = 0; i < kSlice; i++) to[i] = out[r][i];
+    for (int i = 0; i < kSlice; i++) sOut[out_index<kRows, kDims>(team, r, dim + i)] = out[r][i];
     if (dim == 0) sStates[team * kRows + r] = states[r];
   }
   __syncthreads();

@@ -209,8 +209,18 @@ FASTATTN_DEVICE float recompute(const KernelParams& p, const Tile& t, const Row&
   return out;
 }
 
+// Where element d of a team's row lies in sOut (kTeams, kRows, kDims): rearranged among 16, so that
+// what a warp writes at once goes to different banks, be it every 8th element of a row or the
+// fragment of a product.
+template <int kRows, int kDims>
+FASTATTN_DEVICE int out_index(int team, int row, int d) {
+  const int part = d / 32;
+  const int turn = (((part + team * (kDims / 32)) ^ row) & 7) | (part & 1) << 3;
+  return (team * kRows + row) * kDims + (d ^ turn);
+}
+
 // The results of several teams of threads that took different keys, merged in their order and
-// written: sOut (kTeams, kRows, kDims), sStates (kTeams, kRows). kShared: rows that don't see a key
+// written: sOut by out_index, sStates (kTeams, kRows). kShared: rows that don't see a key
 // had its value times 0 added, and if that is not finite, neither are they; they are done again.
 template <class T, bool kShared, int kTeams, int kRows, int kDims>
 FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const float* sOut,
@@ -243,7 +253,7 @@ FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const floa
       float out = 0;
 #pragma unroll
       for (int team = 0; team < kTeams; team++) {
-        out += scale[team] * sOut[(team * kRows + r) * kDims + d];
+        out += scale[team] * sOut[out_index<kRows, kDims>(team, r, d)];
       }
       if (kShared && p.seqlen_q > 1 && !(fabsf(out) <= FLT_MAX)) {
         out = recompute<T>(p, t, row, d, total.row_max);

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
     attn_decode_mma_kernel(const __grid_constant__ KernelParams p) {
   constexpr int kWarps = kThreads / 32, kChunks = kDims / 32, kHalves = kDims / 64;
   FASTATTN_SHARED(memory);
-  float* sOut = reinterpret_cast<float*>(memory);  // (kWarps, kMmaRows, kDims)
+  float* sOut = reinterpret_cast<float*>(memory);  // see out_index
   RowState* sStates = reinterpret_cast<RowState*>(sOut + kWarps * kMmaRows * kDims);
 
   const Tile tile = Tile::of_block<kMmaRows>(p);
@@ -153,16 +153,16 @@ __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
 
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int row = warp * kMmaRows + group + 8 * h;
+    const int row = group + 8 * h;
     states[h].row_sum = quad_sum(states[h].row_sum);
-    if (t == 0) sStates[row] = states[h];
+    if (t == 0) sStates[warp * kMmaRows + row] = states[h];
 #pragma unroll
     for (int u = 0; u < kHalves; u++) {
 #pragma unroll
       for (int c = 0; c < 8; c++) {
-        float* to = sOut + row * kDims + 64 * u + 16 * t + c;  // result columns 2t and 2t + 1
-        to[0] = out[u][c][2 * h];
-        to[8] = out[u][c][2 * h + 1];
+        const int d = 64 * u + 16 * t + c;  // of result column 2t; 8 more of 2t + 1
+        sOut[out_index<kMmaRows, kDims>(warp, row, d)] = out[u][c][2 * h];
+        sOut[out_index<kMmaRows, kDims>(warp, row, d + 8)] = out[u][c][2 * h + 1];
       }
     }
   }

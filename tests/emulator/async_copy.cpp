@@ -42,6 +42,7 @@ void cp_async(void* shared, const void* global, int bytes, Site site) {
     fail(site, "cp.async from %p, not aligned to %d", global, kCopyBytes);
   }
   if (bytes > 0) access_global(t, global, bytes, Access::kRead, "cp.async", site);
+  note_banks(t, offset, kCopyBytes, "cp.async", site);
   if (options().races) b.shadow.begin_copy(offset, kCopyBytes, observer(t), site);
   PendingCopies::Copy copy{static_cast<unsigned char*>(shared),
                            static_cast<const unsigned char*>(global), bytes, t.copies.open_group,

@@ -35,6 +35,9 @@ void complete(Block& b, Barrier& barrier) {
       }
     }
   }
+  if (options().banks) {
+    for (Thread* t : barrier.waiting) t->warp->accesses.settle();
+  }
   barrier.arrived = 0;
   for (Thread* t : barrier.waiting) {
     if (t != current) wake(t);

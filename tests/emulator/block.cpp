@@ -141,7 +141,10 @@ bool run_blocks(const std::vector<Block*>& blocks) {
     fiber_switch(&scheduler, &current->fiber);  // comes back when none of its lanes can run
     if (abandoned) return false;
   }
-  for (Block* b : blocks) live += b->live;
+  for (Block* b : blocks) {
+    live += b->live;
+    for (Warp& w : b->warp) w.accesses.settle();
+  }
   if (live != 0) report_deadlock(blocks);
   return live == 0;
 }
@@ -211,7 +214,14 @@ void access_shared(Thread& t, const void* p, size_t bytes, Access access, const 
     fail(site, "%s of %zu bytes at byte %td of shared memory, which has %d", what, bytes, offset,
          b.shared_bytes);
   }
+  note_banks(t, offset, bytes, what, site);
   if (options().races) b.shadow.access(offset, bytes, access, observer(t), what, site);
+}
+
+void note_banks(const Thread& t, std::ptrdiff_t offset, size_t bytes, const char* what, Site site) {
+  if (!options().banks) return;
+  const void* pc = site.file == nullptr ? plain_access_at : nullptr;
+  t.warp->accesses.note(t.lane, offset, bytes, what, site, pc);
 }
 
 void advance_clock(Thread& t) {

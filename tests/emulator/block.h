@@ -11,10 +11,12 @@
 
 #include "async_copy.h"
 #include "async_proxy.h"
+#include "bank_conflicts.h"
 #include "bulk_copy.h"
 #include "clocks.h"
 #include "fiber.h"
 #include "mbarrier.h"
+#include "options.h"
 #include "runtime.h"
 #include "shadow.h"
 #include "warpgroup.h"
@@ -55,6 +57,7 @@ struct Warp {
   Site site;
   int arrived = 0;
   void* arguments[32];
+  WarpAccesses accesses;  // where bank conflicts are counted
 };
 
 struct Barrier {  // 0: of __syncthreads
@@ -105,6 +108,9 @@ void advance_clock(Thread& t);
 void access_shared(Thread& t, const void* p, size_t bytes, Access access, const char* what,
                    Site site);
 
+// What of it shared memory's banks are to be counted for.
+void note_banks(const Thread& t, std::ptrdiff_t offset, size_t bytes, const char* what, Site site);
+
 uint32_t random_bits();  // of the launch's seed
 
 // Puts the threads of a block at the beginning of `kernel`, on stacks one behind the other.
@@ -137,6 +143,7 @@ void warp_instruction(WarpOp op, int detail, Argument* argument, Site site,
     return;
   }
   w.arrived = 0;
+  if (options().banks) w.accesses.settle();
   w.runnable = ~(1u << t.lane);
   Argument* arguments[32];
   for (int i = 0; i < 32; ++i) arguments[i] = static_cast<Argument*>(w.arguments[i]);

@@ -3,6 +3,7 @@
 #include "async_copy.cpp"
 #include "async_proxy.cpp"
 #include "atomics.cpp"
+#include "bank_conflicts.cpp"
 #include "barriers.cpp"
 #include "block.cpp"
 #include "bulk_copy.cpp"

@@ -37,6 +37,8 @@ Options parse_options(const std::string& text) {
       o.seed = number();
     } else if (name == "races") {
       o.races = number() != 0;
+    } else if (name == "banks") {
+      o.banks = number() != 0;
     } else if (name == "co_scheduled") {
       o.co_scheduled = number() != 0;
     } else if (name == "without" && equals != std::string::npos) {
@@ -46,7 +48,7 @@ Options parse_options(const std::string& text) {
     } else {
       throw std::invalid_argument("emulator: no option \"" + word +
                                   "\"; there are eager, lazy, random, seed=, races=, "
-                                  "co_scheduled=, shared_limit=, without=");
+                                  "banks=, co_scheduled=, shared_limit=, without=");
     }
   }
   return o;

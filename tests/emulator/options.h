@@ -15,8 +15,9 @@ enum class Completion {
 
 struct Options {
   Completion completion = Completion::kLazy;
-  uint64_t seed = 0;  // of the order of warps and blocks; 0: as numbered
-  bool races = true;  // races and reads of uninitialised shared memory
+  uint64_t seed = 0;   // of the order of warps and blocks; 0: as numbered
+  bool races = true;   // races and reads of uninitialised shared memory
+  bool banks = false;  // counts conflicts of shared memory's banks: emulator_bank_conflicts
   bool co_scheduled =
       false;  // all blocks of a grid are in flight, for those that wait on each other
   int shared_limit = 227 * 1024;  // bytes a block may ask for
@@ -28,8 +29,9 @@ struct Options {
 // The options of the next launch: at first those in the environment variable FASTATTN_EMULATOR.
 Options& options();
 
-// From a text such as "lazy,seed=3,races=0,co_scheduled=1,shared_limit=65536,without=x.cuh:5"; what
-// isn't named has its default. Throws std::invalid_argument.
+// From a text such as
+// "lazy,seed=3,races=0,co_scheduled=1,banks=1,shared_limit=65536,without=x.cuh:5"; what isn't named
+// has its default. Throws std::invalid_argument.
 Options parse_options(const std::string& text);
 
 }  // namespace emulator

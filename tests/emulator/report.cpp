@@ -43,15 +43,7 @@ std::string line_of(const void* pc) {
 void keep(Site site, const char* format, va_list arguments) {
   ++count;
   if (kept.size() == kKept) return;
-  std::string where;
-  if (site.file != nullptr) {
-    where = std::string(site.file) + ":" + std::to_string(site.line);
-  } else if (current != nullptr && plain_access_at != nullptr) {
-    std::string& known = line_of_address[plain_access_at];
-    if (known.empty()) known = line_of(plain_access_at);
-    where = known;
-  }
-  if (const size_t slash = where.rfind('/'); slash != std::string::npos) where.erase(0, slash + 1);
+  const std::string where = place_name(site, current == nullptr ? nullptr : plain_access_at);
   if (++count_of_kind[format + where] > kKeptOfAKind) return;
   char text[2048];
   std::vsnprintf(text, sizeof text, format, arguments);
@@ -67,6 +59,19 @@ void keep(Site site, const char* format, va_list arguments) {
 }
 
 }  // namespace
+
+std::string place_name(Site site, const void* pc) {
+  std::string where;
+  if (site.file != nullptr) {
+    where = std::string(site.file) + ":" + std::to_string(site.line);
+  } else if (pc != nullptr) {
+    std::string& known = line_of_address[pc];
+    if (known.empty()) known = line_of(pc);
+    where = known;
+  }
+  if (const size_t slash = where.rfind('/'); slash != std::string::npos) where.erase(0, slash + 1);
+  return where;
+}
 
 void report(Site site, const char* format, ...) {
   va_list arguments;

@@ -10,6 +10,9 @@ namespace emulator {
 // Plain loads and stores have no Site, but an address of code, which the report finds the line of.
 extern const void* plain_access_at;
 
+// Such as "attn_fwd.cuh:101": of an instruction, or of a plain access by its code's address.
+std::string place_name(Site site, const void* pc);
+
 // Of the running thread, which goes on. The same fault is kept a few times only.
 void report(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 

@@ -6,8 +6,20 @@ import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class SharedAccess(NamedTuple):
+    """What a line of a kernel did to shared memory, in warps' accesses."""
+
+    place: str  # such as fragments.cuh:59
+    instruction: str
+    accesses: int
+    wavefronts: int
+    conflicts: int  # wavefronts beyond one for each 128 bytes of lanes
+    uncounted: int  # accesses whose lanes went different ways
 
 
 class EmulatorError(RuntimeError):
@@ -37,6 +49,16 @@ class Library:
         """Where barriers, waits and fences were passed, with the option `without`, since last."""
         self._library.emulator_passed_places.restype = ctypes.c_char_p
         return self._library.emulator_passed_places().decode().split()
+
+    def bank_conflicts(self) -> list[SharedAccess]:
+        """Of launches with the option `banks`, since last."""
+        self._library.emulator_bank_conflicts.restype = ctypes.c_char_p
+        found = []
+        for line in self._library.emulator_bank_conflicts().decode().splitlines():
+            place, *words = line.split()
+            counts = [int(word) for word in words[-4:]]
+            found.append(SharedAccess(place, " ".join(words[:-4]), *counts))
+        return found
 
     @contextmanager
     def buffers(

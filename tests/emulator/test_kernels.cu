@@ -148,6 +148,18 @@ __global__ void copy_groups(const __grid_constant__ Arguments a) {
   }
 }
 
+// Lane i reads the T at byte number[0] · i of shared memory, or brings it as a row of ldmatrix.
+template <class T>
+__global__ void strided(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  *pointer<T>(a, 0) = *reinterpret_cast<T*>(shared + a.number[0] * threadIdx.x);
+}
+__global__ void strided_ldmatrix(const __grid_constant__ Arguments a) {
+  FASTATTN_SHARED(shared);
+  uint32_t r[4];
+  ptx::ldmatrix_x4(r, shared + a.number[0] * threadIdx.x);
+}
+
 // out: float, int, unsigned, unsigned long long sums, maximum, exchanged, compared
 __global__ void atomics(const __grid_constant__ Arguments a) {
   auto* out = pointer<unsigned long long>(a, 0);
@@ -188,6 +200,9 @@ TEST_KERNEL(copy_bytes);
 TEST_KERNEL(copy_groups);
 TEST_KERNEL(atomics);
 TEST_KERNEL(block_sums);
+TEST_KERNEL(strided_ldmatrix);
+const Registered strided_16("strided_16", strided<uint4>), strided_8("strided_8", strided<uint2>),
+    strided_4("strided_4", strided<uint32_t>), strided_2("strided_2", strided<uint16_t>);
 const Registered mma_k16_bf16("mma_k16_bf16", mma_k16<bf16>),
     mma_k16_fp16("mma_k16_fp16", mma_k16<fp16>);
 
