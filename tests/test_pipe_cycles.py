@@ -58,3 +58,54 @@ def test_what_stands_behind_a_loop_and_goes_back_into_it_is_part_of_it() -> None
     parsed = [i for line in OUT_OF_LINE.splitlines() if (i := pipe_cycles.parse(line)) is not None]
     assert pipe_cycles.natural_loops(parsed) == [frozenset({0, 1, 2, 3, 5, 6})]
     assert [loop.mufu for loop in pipe_cycles.hot_loops(parsed)] == [8]
+
+
+LOOP = """
+        /*0000*/                   HMMA.16816.F32 R24, R8, R4, R24 ;
+        /*0010*/               @P0 BRA 0x60 ;
+        /*0020*/                   LDG.E.128 R4, [R2] ;
+        /*0030*/                   STS.128 [R2], R4 ;
+        /*0040*/                   BRA 0x90 ;
+        /*0050*/                   NOP ;
+        /*0060*/                   LDG.E.U16 R4, [R2] ;
+        /*0070*/                   LDG.E.U16 R5, [R2+0x2] ;
+        /*0080*/               @P1 BRA 0x60 ;
+        /*0090*/               @P2 BRA 0xc0 ;
+        /*00a0*/                   FSETP.GT P3, R4, R5, PT ;
+        /*00b0*/                   FFMA R4, R5, R6, R7 ;
+        /*00c0*/                   LDSM.16.M88.4 R8, [R3] ;
+        /*00d0*/                   MUFU.EX2 R4, R5 ;
+        /*00e0*/                   HMMA.16816.F32 R24, R8, R4, R24 ;
+        /*00f0*/               @P4 BRA 0x0 ;
+        /*0100*/                   EXIT ;
+"""
+
+
+def test_the_hot_path_keeps_to_what_has_to_be_done() -> None:
+    """Past masks and copies of single elements, and not past those of 16 bytes."""
+    loop = [i for line in LOOP.splitlines() if (i := pipe_cycles.parse(line)) is not None]
+    path = pipe_cycles.hot_path(loop)
+    assert path is not None
+    passed = [0x0, 0x10, 0x20, 0x30, 0x40, 0x90, 0xC0, 0xD0, 0xE0, 0xF0]
+    assert [i.address for i in path] == passed
+    cycles = pipe_cycles.path_cycles(path, pipe_cycles.RATES["sm_80"])
+    assert cycles.pipes == {
+        "issue": 10, "tensor": 16, "mufu": 8, "alu": 0, "fp32": 0, "shared": 3 * 16,
+    }  # fmt: skip
+    assert cycles.bound == ("shared", 48)
+    assert cycles[6:] == (2, 0, 1, 0)
+    assert pipe_cycles.hot_path(loop[1:3]) is None
+
+
+def test_turing_takes_twice_as_long() -> None:
+    (product,) = [pipe_cycles.Instruction(0, "HMMA.1688.F32", "")]
+    for arch, tensor in (("sm_75", 8), ("sm_80", 4)):
+        assert pipe_cycles.path_cycles([product], pipe_cycles.RATES[arch]).tensor == tensor
+
+
+def test_code_that_nothing_leads_to_hides_no_loop() -> None:
+    """Such as what stands behind a branch back, where only a call goes to."""
+    lines = [line for line in LOOP.splitlines() if "/*00e0*/" in line or "/*0100*/" in line]
+    back = "        /*00f0*/                   BRA 0xe0 ;"
+    code = [i for line in (lines[0], back, lines[1]) if (i := pipe_cycles.parse(line)) is not None]
+    assert [len(loop) for loop in pipe_cycles.loops(code)] == [2]

@@ -63,6 +63,7 @@ class Gpu:
     sanitized = SANITIZED
     tools = tuple(TOOLS)
     results = ROOT / "benchmarks" / "results"
+    results = ROOT / "benchmarks" / "results"
 
     def __init__(self, device: str, arch: int, nvcc: str) -> None:
         self.device, self.arch, self.nvcc = device, arch, nvcc
@@ -197,7 +198,7 @@ def calibrate_steps(target: Target) -> list[Step]:
         text = "\n".join(wrong or [str(max(differences, key=lambda d: d.largest))])
         return Outcome("failed" if wrong else "passed", text, detail)
 
-    return [Step(name, partial(calibrate, name)) for name in calibration.probes(target.arch)]
+    return [Step(name, partial(calibrate, name)) for name in calibration.PROBES]
 
 
 # --- test -----------------------------------------------------------------------------------------
