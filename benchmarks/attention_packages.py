@@ -18,7 +18,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def flash_attn_2(case: Case, inputs: Inputs) -> Call:
-    import flash_attn
+    from flash_attn import flash_attn_interface
 
     assert isinstance(case, Attention)
     options: dict[str, Any] = {"causal": case.causal, "window_size": (case.window, 0)}
@@ -30,7 +30,7 @@ def flash_attn_2(case: Case, inputs: Inputs) -> Call:
         options["alibi_slopes"] = inputs["alibi_slopes"]
     if case.extra == "dropout":
         options["dropout_p"] = DROPOUT
-    return flash_call(case, inputs, flash_attn, options)
+    return flash_call(case, inputs, flash_attn_interface, options)
 
 
 def flash_attn_3(case: Case, inputs: Inputs) -> Call:
@@ -62,10 +62,12 @@ def flash_call(case: Attention, inputs: Inputs, package: Any, options: dict[str,
 
     def run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         if sinks is not None:  # flash-attn 4's alone
-            options["learnable_sink"] = sinks.to(torch.bfloat16)
+            options["learnable_sink"] = sinks
         if case.lengths:
-            ends, longest = inputs["cu_seqlens"], max(case.lengths)
-            out = package.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, **options)
+            for side in "qk":  # by name: flash-attn 4 has another argument behind v
+                options[f"cu_seqlens_{side}"] = inputs["cu_seqlens"]
+                options[f"max_seqlen_{side}"] = max(case.lengths)
+            out = package.flash_attn_varlen_func(q, k, v, **options)
         else:
             out = package.flash_attn_func(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out
@@ -130,7 +132,7 @@ GPU_HALVES = {"suites": SUITES, "devices": ("cuda",), "dtypes": HALVES}
 PEERS = [
     Peer(
         name="flash-attn 2",
-        module="flash_attn",
+        module="flash_attn.flash_attn_interface",  # flash_attn alone may be flash-attn 4
         prepare=flash_attn_2,
         features=has("backward,window,grouped heads,packed sequences,softcap,alibi,dropout"),
         **GPU_HALVES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -116,11 +117,11 @@ def flash_attn(module: str) -> Callable[[Case, Inputs], Call]:
 
     def prepare(case: Case, inputs: Inputs) -> Call:
         assert isinstance(case, Decode)
-        function: Any = __import__(module).flash_attn_with_kvcache
+        function: Any = importlib.import_module(module).flash_attn_with_kvcache
         q, (k, v) = inputs["q"], cache(case, inputs)
         options = {"cache_seqlens": inputs["lengths"]}
         if case.page_size:
-            table = "block_table" if module == "flash_attn" else "page_table"
+            table = "page_table" if module == "flash_attn_interface" else "block_table"
             options[table] = inputs["block_table"]
         return call(lambda: function(q, k, v, **options))
 
@@ -158,8 +159,8 @@ PEERS = [
     Peer(name="torch SDPA, group folded", suites=SUITE, prepare=sdpa(folded=True)),
     Peer(
         name="flash-attn 2",
-        module="flash_attn",
-        prepare=flash_attn("flash_attn"),
+        module="flash_attn.flash_attn_interface",
+        prepare=flash_attn("flash_attn.flash_attn_interface"),
         unfit=odd_pages,
         **GPU_HALVES,
     ),

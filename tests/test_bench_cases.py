@@ -1,11 +1,13 @@
 """The benchmarks' cases and peers: each peer here gives what fp64 says, on small shapes."""
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
+import package_signatures
 import pretend_device
 import pytest
 import torch
@@ -162,27 +164,48 @@ def bottom_right(q, k, v, causal=False, window_size=(-1, -1), softcap=0.0, **mor
     )
 
 
-def packed(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, -1), **options):
+def packed(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size=(-1, -1), **options
+):
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = {"window": window_size} | options
-    return fastattn.attention_varlen(
-        q, k, v, cu_q, cu_k, max_q, max_k, backend="reference", **options
-    )
+    return fastattn.attention_varlen(q, k, v, *lengths, backend="reference", **options)
 
 
-def with_kv_cache(q, k, v, cache_seqlens, block_table=None, page_table=None):
+def with_kv_cache(q, k_cache, v_cache, cache_seqlens, block_table=None, page_table=None):
     table = block_table if page_table is None else page_table
     options = {"cache_seqlens": cache_seqlens, "block_table": table}
-    return fastattn.attention_decode(q, k, v, backend="reference", **options)
+    return fastattn.attention_decode(q, k_cache, v_cache, backend="reference", **options)
+
+
+def memory_efficient_attention(query, key, value, attn_bias, p):
+    kind, given = (None, None) if attn_bias is None else attn_bias
+    if kind == "packed":
+        lengths, causal = given
+        ends, longest = torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)
+        q, k, v = query[0], key[0], value[0]
+        out = packed(q, k, v, ends, ends, longest, longest, (-1, 0) if causal else (-1, -1))
+        return out[None]
+    window = {None: (-1, -1), "causal": (-1, 0), "window": ((given or 0) - 1, 0)}[kind]
+    return fastattn.attention(query, key, value, window=window, dropout_p=p, backend="reference")
+
+
+class BlockDiagonalMask(tuple):
+    def make_causal(self):
+        return ("packed", (self[1][0], True))
 
 
 class Prefill:
-    def __init__(self, workspace, layout):
-        assert layout == "NHD"
+    def __init__(self, float_workspace_buffer, kv_layout):
+        assert kv_layout == "NHD"
 
-    def plan(self, ends_q, ends_k, heads, kv_heads, head_dim, **options):
-        self.ends, self.options = ends_q, options
+    def plan(self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, **options):
+        self.ends, self.options = qo_indptr, options
+        self.sizes = (num_qo_heads, num_kv_heads, head_dim_qk, options["head_dim_vo"])
 
     def run(self, q, k, v):
+        assert self.sizes == (q.shape[1], k.shape[1], q.shape[2], v.shape[2])
+        assert q.dtype == self.options["q_data_type"]
         o, longest = self.options, int(self.ends.diff().max())
         window = (o["window_left"], 0) if o["causal"] else (-1, -1)
         options = {"window": window, "softcap": o["logits_soft_cap"]}
@@ -190,16 +213,40 @@ class Prefill:
 
 
 class PagedDecode:
-    def __init__(self, workspace, layout, use_tensor_cores):
-        pass
+    def __init__(self, float_workspace_buffer, kv_layout, use_tensor_cores):
+        assert kv_layout == "NHD"
 
-    def plan(self, ends, table, last, heads, kv_heads, head_dim, page_size, **dtypes):
-        batch = len(ends) - 1
-        self.table = table.view(batch, -1)
-        self.lengths = (ends.diff() - 1) * page_size + last
+    def plan(
+        self,
+        indptr,
+        indices,
+        last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        **dtypes,
+    ):
+        self.table = indices.view(len(indptr) - 1, -1)
+        self.lengths = (indptr.diff() - 1) * page_size + last_page_len
 
-    def run(self, q, kv):
-        return with_kv_cache(q[:, None], *kv, self.lengths, self.table)[:, 0]
+    def run(self, q, paged_kv_cache):
+        return with_kv_cache(q[:, None], *paged_kv_cache, self.lengths, self.table)[:, 0]
+
+
+def signed(module, name, function):
+    """The function, which is called as the package's of that name can be called."""
+    signature = package_signatures.signature(module, name)
+    taken = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        given = signature.bind(*args, **options).arguments
+        for more in taken:
+            given |= given.pop(more, {})
+        return function(**given)
+
+    return call
 
 
 @pytest.fixture
@@ -210,41 +257,86 @@ def packages(monkeypatch):
         fake = ModuleType(name)
         vars(fake).update(contents)
         monkeypatch.setitem(sys.modules, name, fake)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, fake)
         return fake
 
-    two = {"flash_attn_func": bottom_right, "flash_attn_varlen_func": packed}
-    three = two | {"flash_attn_with_kvcache": with_kv_cache}
-    four = {name: lambda *a, f=f, **o: (f(*a, **o), None) for name, f in two.items()}
-    cute = module("flash_attn.cute", **four)
-    module("flash_attn", **three, cute=cute)
-    module("flash_attn_interface", **three)
+    def functions(where, **stubs):
+        return {name: signed(where, name, stub) for name, stub in stubs.items()}
+
+    def wrapper(where, name, stub):
+        methods = {n: getattr(stub, n) for n in ("__init__", "plan", "run")}
+        signs = {n: signed(where, f"{name}.{n}", method) for n, method in methods.items()}
+        return type(name, (), signs)
+
+    attend = {"flash_attn_func": bottom_right, "flash_attn_varlen_func": packed}
+    both = {name: lambda *a, f=f, **o: (f(*a, **o), None) for name, f in attend.items()}
+    cached = attend | {"flash_attn_with_kvcache": with_kv_cache}
+    module("flash_attn")
+    two, three = "flash_attn.flash_attn_interface", "flash_attn_interface"
+    module(two, **functions(two, **cached))
+    module(three, **functions(three, **cached))
+    module("flash_attn.cute", **functions("flash_attn.cute.interface", **both))
+
+    module("xformers")
+    module("xformers.ops", **functions(
+        "xformers.ops.fmha", memory_efficient_attention=memory_efficient_attention
+    ))  # fmt: skip
+    module("xformers.ops.fmha")
+    from_seqlens = signed(
+        "xformers.ops.fmha.attn_bias", "BlockDiagonalMask.from_seqlens",
+        lambda cls, q_seqlen: BlockDiagonalMask(("packed", (q_seqlen, False))),
+    )  # fmt: skip
     module(
-        "flashinfer",
-        BatchPrefillWithRaggedKVCacheWrapper=Prefill,
-        BatchDecodeWithPagedKVCacheWrapper=PagedDecode,
+        "xformers.ops.fmha.attn_bias",
+        BlockDiagonalMask=type("", (), {"from_seqlens": classmethod(from_seqlens)}),
+        LowerTriangularFromBottomRightMask=lambda: ("causal", None),
+        LowerTriangularFromBottomRightLocalAttentionMask=lambda width: ("window", width),
     )
+
+    prefill, decoding = "BatchPrefillWithRaggedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper"
+    module("flashinfer", **{
+        prefill: wrapper("flashinfer.prefill", prefill, Prefill),
+        decoding: wrapper("flashinfer.decode", decoding, PagedDecode),
+    })  # fmt: skip
+
     module("liger_kernel")
     module("liger_kernel.transformers")
-    functional = module("liger_kernel.transformers.functional")
-    functional.liger_cross_entropy = F.cross_entropy
-    functional.liger_fused_linear_cross_entropy = losses.textbook
-    sys.modules["liger_kernel.transformers"].functional = functional
-    module("cut_cross_entropy", linear_cross_entropy=losses.textbook)
+    where = "liger_kernel.transformers.functional"
+    module(where, **functions(
+        where,
+        liger_cross_entropy=F.cross_entropy,
+        liger_fused_linear_cross_entropy=lambda input, weight, target: losses.textbook(
+            input, weight, target
+        ),
+    ))  # fmt: skip
+    where = "cut_cross_entropy.linear_cross_entropy"
+    module("cut_cross_entropy", **functions(
+        where, linear_cross_entropy=lambda e, c, targets: losses.textbook(e, c, targets)
+    ))  # fmt: skip
     module("quack")
-    simple = SimpleNamespace(
-        cross_entropy=lambda z, t, reduction, inplace_backward: F.cross_entropy(z, t),
-        linear=lambda x, w, t, reduction: losses.textbook(x, w, t),
-    )
-    module("quack.cross_entropy", cross_entropy=simple.cross_entropy)
-    module("quack.linear_cross_entropy", chunked_linear_cross_entropy=simple.linear)
+    where = "quack.cross_entropy"
+    module(where, **functions(
+        where,
+        cross_entropy=lambda x, target, reduction, inplace_backward: F.cross_entropy(x, target),
+    ))  # fmt: skip
+    where = "quack.linear_cross_entropy"
+    module(where, **functions(
+        where,
+        chunked_linear_cross_entropy=lambda x, weight, target, reduction: losses.textbook(
+            x, weight, target
+        ),
+    ))  # fmt: skip
 
 
-NAMES = ("flash-attn 2", "flash-attn 3", "flash-attn 4", "FlashInfer")
+NAMES = ("flash-attn 2", "flash-attn 3", "flash-attn 4", "xFormers", "FlashInfer")
 NAMES += ("Liger", "cut-cross-entropy", "quack")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_pass_on_what_a_case_says(name, packages):
+    """By the signatures of the real packages: those installed, or else those that were checked."""
     modules = (attention_packages, decode, losses)
     peers = [peer for m in modules for peer in m.PEERS if peer.name == name]
     took = 0
@@ -257,6 +349,17 @@ def test_adapters_pass_on_what_a_case_says(name, packages):
             check(peer, case)
             took += 1
     assert took
+
+
+@pytest.mark.parametrize("where", package_signatures.SIGNATURES, ids=".".join)
+def test_signatures_are_the_installed_packages(where):
+    """Those that are written down; a newer package may have more."""
+    found = package_signatures.installed(*where)
+    if found is None:
+        pytest.skip(f"{where[0].partition('.')[0]} is not installed")
+    expected = package_signatures.SIGNATURES[where]
+    used = [part.split("=")[0] for part in expected.split(", ")]
+    assert [name for name in used if name.isidentifier() and name not in found] == []
 
 
 def test_peers_say_why_not():

@@ -13,8 +13,11 @@ import emulated
 import pytest
 import torch
 from gpu import calibration, parts
+from gpu import calibration_products as products
 from gpu.__main__ import main
-from gpu.journal import ROOT, Journal, Outcome, Step, run_part, summary
+from gpu.calibration import wgmma
+from gpu.journal import Journal, Outcome, Step, run_part, summary
+from gpu.parts import nvcc
 from torch import Tensor
 
 MACHINE = {"device": "a GPU", "sources": "1234"}
@@ -129,39 +132,75 @@ class Wrong(calibration.Library):
 
 
 def test_every_instruction_has_a_probe(ours: calibration.Library) -> None:
-    assert sorted(ours.names()) == sorted(calibration.PROBES)
-    header = (ROOT / "csrc" / "cuda" / "ptx.cuh").read_text()
-    functions = set(re.findall(r"FASTATTN_DEVICE \w+ (\w+)\(", header)) - {"shared_address"}
-    probed = set(re.findall(r"ptx::(\w+)", calibration.SOURCE.read_text()))
-    assert functions == probed
+    assert sorted(ours.names()) == sorted(calibration.probes(90))
+    headers = [nvcc.HERE / "ptx.cuh", nvcc.HERE / "ptx_sm90.cuh"]
+    pattern = r"FASTATTN_DEVICE \w+ (\w+)\("
+    functions = {name for file in headers for name in re.findall(pattern, file.read_text())}
+    functions |= set(re.findall(pattern, wgmma.function(64, "bf16", False)))
+    text = "".join(file.read_text() for file in calibration.sources(90))
+    assert functions - {"shared_address"} == set(re.findall(r"ptx::([a-z]\w+)", text))
 
 
-@pytest.mark.parametrize("name", calibration.PROBES)
+def test_wgmma_is_probed_as_the_kernels_use_it() -> None:
+    """Every way to have the operands; their shapes are those that wgmma.py writes."""
+    used = set()
+    for file in nvcc.HERE.glob("*.cuh"):
+        used |= set(re.findall(r"ptx::wgmma<(?:Major::k(\w+), )?Major::k(\w+)>", file.read_text()))
+    majors = {f"{a.lower() or 'registers'}_{b.lower()}" for a, b in used}
+    assert majors == {name.split("_", 1)[1].rsplit("_", 2)[0] for name in products.WGMMA_PROBES}
+
+
+def test_an_architecture_has_the_probes_of_its_functions() -> None:
+    assert {file.name for file in calibration.HERE.glob("calibration*.cu")} == {
+        file.name for file in calibration.sources(90)
+    }
+    last = [calibration.sources(arch)[-1].stem for arch in (75, 80, 89, 90, 100, 120)]
+    assert [stem.removeprefix("calibration") for stem in last] == [
+        "", "_sm80", "_sm80", "_sm90", "_sm80", "_sm80",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in calibration.probes(90) if not n.startswith("wgmma") or "_64_" in n]
+)
 def test_differences_are_seen(ours: calibration.Library, name: str) -> None:
-    assert all(d.passed for d in calibration.compare(name, ours, ours, blocks=8))
+    blocks = 4 if name.startswith("wgmma") else 8
+    assert all(d.passed for d in calibration.compare(name, ours, ours, blocks))
     # NaN is like NaN: 27 reaches into the exponent of any format, and leaves few of them alike
-    seen = calibration.compare(name, Wrong(ours, 27), ours, blocks=8)
+    seen = calibration.compare(name, Wrong(ours, 27), ours, blocks)
     assert any(not d.passed for d in seen)
     assert "block 3, thread 7" in next(d for d in seen if not d.passed).worst
     if calibration.comparison_of(name, "integers")(*[torch.zeros(1, 1, 1).int()] * 3)[1] == 0:
-        assert not calibration.compare(name, Wrong(ours, 0), ours, blocks=8)[0].passed
+        assert not calibration.compare(name, Wrong(ours, 0), ours, blocks)[0].passed
 
 
-@pytest.mark.parametrize("name", [n for n in calibration.PROBES if n.startswith("mma_")])
+@pytest.mark.parametrize("name", [n for n in calibration.probes(90) if products.is_product(n)])
 def test_sums_of_the_exact_inputs_are_exact(ours: calibration.Library, name: str) -> None:
-    shape = (4, *ours.shape(name)[:2])
-    for kind, words in calibration.mma_inputs(name, shape)[:2]:
-        a, b, d, _ = calibration.operands_of(name, words)
-        exact = calibration.fragments_of(a @ b + d)
+    shape = (2, *ours.shape(name)[:2])
+    for kind, words in products.inputs(name, shape)[: 2 if name.startswith("mma") else 1]:
+        a, b, d = products.operands(name, words)
+        exact = products.fragments(name, a @ b + d)
         assert torch.equal(ours.run(name, words).view(torch.float32).double(), exact), kind
         assert exact.abs().max() > 1
 
 
-def test_probes_compile_for_a_gpu(tmp_path: Path) -> None:
-    if (nvcc := parts.nvcc.find()) is None:
+def test_copies_and_barriers_move_every_word(ours: calibration.Library) -> None:
+    """What the probes of sm_90 give is not nothing."""
+    for name in calibration.PROBES[90][:8]:
+        ((_, words),) = calibration.inputs_of(name, 8, *ours.shape(name)[:2])
+        out = ours.run(name, words)
+        assert out.ne(0).any(-1).any(-1).sum() >= 4, name
+    words = products.random_bits((1, *ours.shape("mbarriers")[:2]))
+    out = ours.run("mbarriers", words)
+    assert torch.equal(out[0, :32], words[0, 32:]) and torch.equal(out[0, 32:], ~words[0, 32:])
+
+
+@pytest.mark.parametrize("arch", [75, 80, pytest.param(90, marks=pytest.mark.slow)])
+def test_probes_compile_for_a_gpu(tmp_path: Path, arch: int) -> None:
+    if (compiler := nvcc.find()) is None:
         pytest.skip("there is no nvcc")
-    library = calibration.compile_for_gpu(nvcc, 80, tmp_path / "libcalibration.so")
-    assert sorted(calibration.Library(library).names()) == sorted(calibration.PROBES)
+    library = calibration.compile_for_gpu(compiler, arch, tmp_path / "libcalibration.so")
+    assert sorted(calibration.Library(library).names()) == sorted(calibration.probes(arch))
 
 
 # --- the command ----------------------------------------------------------------------------------

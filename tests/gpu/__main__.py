@@ -1,7 +1,7 @@
 """All that only a machine with a GPU can show, in one command: `make gpu`.
 
     build      the CUDA kernels for this GPU alone, by nvcc
-    calibrate  every function of ptx.cuh, on the GPU and in the emulator, bit for bit
+    calibrate  every function of ptx*.cuh, on the GPU and in the emulator, bit for bit
     test       the shared grid and the public tests on device tensors, against float64
     sanitize   compute-sanitizer's memcheck, racecheck and synccheck over a few cases
     bench      the ladder (benchmarks/ladder), then all other benchmarks
@@ -40,7 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(target, str):
         print(f"make gpu: {target}")
         return 1
-    target.results = arguments.results
     target.results = arguments.results.resolve()
     stamp = journal.machine(target.device, target.arch, target.nvcc)
     folder = arguments.results / journal.file_name_of(target.device)

@@ -1,11 +1,12 @@
-"""Whether a GPU and the emulator mean the same by every function of csrc/cuda/ptx.cuh.
+"""Whether a GPU and the emulator mean the same by every function of csrc/cuda/ptx.cuh and
+ptx_sm90.cuh.
 
-calibration.cu has a probe for each. It is compiled twice, by nvcc for the GPU and by g++ for the
-emulator, and both get the same words: random bits, and those at the edges of formats. What moves or
-rounds bits must give the same bits. Approximations may differ by what the PTX ISA allows, and a
-product's fp32 sum by the order in which tensor cores add and how they round: there the largest
-difference is reported beside what is allowed, and inputs whose sums are exact must give the same
-bits.
+calibration*.cu have a probe for each. They are compiled twice, by nvcc for the GPU and by g++ for
+the emulator, and both get the same words: random bits, and those at the edges of formats. What
+moves or rounds bits must give the same bits. Approximations may differ by what the PTX ISA allows,
+and a product's fp32 sum by the order in which tensor cores add and how they round: there the
+largest difference is reported beside what is allowed, and inputs whose sums are exact must give the
+same bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import math
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,23 +23,53 @@ import torch
 from emulator import build as emulator
 from torch import Tensor
 
-SOURCE = Path(__file__).parent / "calibration.cu"
-PROBES = (
-    "ldmatrix_x4", "ldmatrix_x4_trans", "mma_m16n8k16_bf16", "mma_m16n8k16_fp16",
-    "mma_m16n8k8_fp16", "cp_async_16", "cp_async_groups", "named_barriers", "ex2", "lg2", "rcp",
-    "pack_bf16", "pack_fp16", "to_float_fp16", "anew",
-)  # fmt: skip
+from gpu import calibration_products as products
+from gpu.calibration_products import FORMATS
+
+sys.path.insert(0, str(emulator.ROOT / "csrc" / "cuda"))
+import wgmma
+
+HERE = Path(__file__).parent
+# By the first architecture that has the functions. What sm_90a has is nowhere else.
+PROBES = {
+    75: (
+        "ldmatrix_x4", "ldmatrix_x4_trans", "mma_m16n8k8_fp16", "named_barriers", "ex2", "lg2",
+        "rcp", "pack_bf16", "pack_fp16", "to_float_fp16", "anew",
+    ),
+    80: ("mma_m16n8k16_bf16", "mma_m16n8k16_fp16", "cp_async_16", "cp_async_groups"),
+    90: (
+        "mbarriers", "run_time_barriers", "set_max_registers", "tma_load_fp32", "tma_load_bf16",
+        "tma_load_fp16", "tma_store", "tma_reduce_add", *products.WGMMA_PROBES,
+    ),
+}  # fmt: skip
+SOURCES = {75: "calibration.cu", 80: "calibration_sm80.cu", 90: "calibration_sm90.cu"}
+
+
+def found_on(arch: int) -> list[int]:
+    """The architectures of PROBES whose functions this one has."""
+    return [first for first in PROBES if first <= min(arch, 89) or first == arch == 90]
+
+
+def probes(arch: int) -> list[str]:
+    return [name for first in found_on(arch) for name in PROBES[first]]
+
+
+def sources(arch: int) -> list[Path]:
+    return [HERE / "calibration_run.cu", *(HERE / SOURCES[first] for first in found_on(arch))]
 
 
 def compile_for_emulator() -> Path:
-    return emulator.build("calibration", [SOURCE])
+    return emulator.build("calibration", sources(90), ["-Wno-psabi"])
 
 
-def compile_for_gpu(nvcc: str, arch: int, library: Path) -> Path:
+def compile_for_gpu(compiler: str, arch: int, library: Path) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
-    command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{emulator.ROOT}/csrc/cuda"]
-    subprocess.run([*command, "-o", str(library), str(SOURCE)], check=True)
+    wgmma.write(library.parent / "wgmma.cuh")
+    target = "90a" if arch == 90 else str(arch)
+    command = [compiler, "-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static"]
+    command += [f"-gencode=arch=compute_{target},code=sm_{target}", "--threads=4"]
+    command += [f"-I{library.parent}", f"-I{emulator.ROOT}/csrc/cuda"]
+    subprocess.run([*command, "-o", str(library), *map(str, sources(arch))], check=True)
     return library
 
 
@@ -118,7 +150,6 @@ def _hex(word: Tensor) -> str:
 
 # --- inputs ---------------------------------------------------------------------------------------
 
-FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # zeros, smallest and largest denormals and normals, one and its neighbours, infinities, NaNs
 EDGES = (
     0x00000000, 0x00000001, 0x007FFFFF, 0x00800000, 0x00800001, 0x3F7FFFFF, 0x3F800000, 0x3F800001,
@@ -130,9 +161,11 @@ EDGES = (
 
 def inputs_of(name: str, blocks: int, threads: int, words: int) -> list[tuple[str, Tensor]]:
     shape = (blocks, threads, words)
-    if name.startswith("mma_"):
-        return mma_inputs(name, shape)
-    bits = [("random bits", random_bits(shape))]
+    if products.is_product(name):
+        return products.inputs(name, shape)
+    if name == "tma_reduce_add":  # sums of two
+        return [("numbers", torch.randn(shape).view(torch.int32))]
+    bits = [("random bits", products.random_bits(shape))]
     if name in ("ex2", "lg2", "rcp", "pack_bf16", "pack_fp16"):
         bits.append(("edges", edges(shape)))
         near = torch.randn(shape) * torch.exp2(torch.randint(-30, 7, shape).float())
@@ -141,10 +174,6 @@ def inputs_of(name: str, blocks: int, threads: int, words: int) -> list[tuple[st
         every = torch.arange(1 << 16, dtype=torch.int32)
         bits = [("every fp16", every.view(-1, threads, 1))]
     return bits
-
-
-def random_bits(shape: tuple[int, ...]) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
 
 
 def edges(shape: tuple[int, int, int]) -> Tensor:
@@ -156,34 +185,6 @@ def edges(shape: tuple[int, int, int]) -> Tensor:
     return pairs.repeat(-(-count // len(pairs)))[:count].view(shape).to(torch.int32)
 
 
-def mma_inputs(name: str, shape: tuple[int, int, int]) -> list[tuple[str, Tensor]]:
-    """Fragments as a lane has them: a, b in pairs of 16-bit elements, then four floats of d."""
-    dtype = FORMATS[name.rsplit("_", 1)[1]]
-    operands = shape[2] - 4
-    elements = (*shape[:2], 2 * operands)
-
-    def fragments(ab: Tensor, d: Tensor) -> Tensor:
-        return torch.cat((ab.to(dtype).view(torch.int32), d.float().view(torch.int32)), dim=-1)
-
-    integers = torch.randint(-16, 17, elements), torch.randint(-4096, 4097, (*shape[:2], 4))
-    # One product that is not zero in each sum: a has column 0 alone, which lanes of t = 0 have as
-    # the first elements of their first two words.
-    one = torch.randn(elements) * torch.exp2(torch.randint(-12, 12, elements).float())
-    kept = torch.arange(2 * operands) >= 2 * operands * 2 // 3  # all of b
-    kept = kept.expand(shape[1], -1).clone()
-    kept[::4, 0:4:2] = True
-    zeros = torch.zeros(*shape[:2], 4)
-    numbers = torch.randn(elements), torch.randn(*shape[:2], 4)
-    ranges = torch.randn(elements) * torch.exp2(torch.randint(-9, 5, elements).float())
-    return [
-        ("integers", fragments(*integers)),
-        ("single products", fragments(one.where(kept, 0.0), zeros)),
-        ("numbers", fragments(*numbers)),
-        ("numbers of many sizes", fragments(ranges, 8 * numbers[1])),
-        ("random bits", random_bits(shape)),
-    ]
-
-
 # --- comparisons ----------------------------------------------------------------------------------
 
 
@@ -192,13 +193,13 @@ def comparison_of(name: str, inputs: str) -> Compare:
         return logarithms
     if name in ULPS:
         return floats_within(ULPS[name])
-    if name.startswith("mma_"):
+    if products.is_product(name):
         if inputs in ("integers", "single products"):
             return floats_within(0)
         return sums_within(name)
     if name in ("pack_bf16", "pack_fp16"):
         return halves_equal(FORMATS[name.removeprefix("pack_")])
-    return floats_within(0) if name == "to_float_fp16" else bits_equal
+    return floats_within(0) if name in ("to_float_fp16", "tma_reduce_add") else bits_equal
 
 
 ULPS = {"ex2": 3, "rcp": 2}  # what the PTX ISA allows and libm's error together
@@ -255,42 +256,14 @@ def sums_within(name: str) -> Compare:
 
     def compare(gpu: Tensor, ours: Tensor, words: Tensor) -> tuple[Tensor, float, str]:
         x, y = gpu.view(torch.float32).double(), ours.view(torch.float32).double()
-        a, b, d, k = operands_of(name, words)
-        size = fragments_of(a.abs() @ b.abs() + d.abs())
+        a, b, d = products.operands(name, words)
+        size = products.fragments(name, a.abs() @ b.abs() + d.abs())
         share = (x - y).abs() / size * 2**23
         share = share.where(x != y, 0.0).where(~(x.isnan() & y.isnan()), 0.0)
         # too large for fp32 on the way, in one order or the other
         overflow = ~(size < torch.finfo(torch.float32).max) & ~(x.isfinite() & y.isfinite())
         tiny = size < 2.0**-100  # products below the least normal float, kept or flushed
         share = share.where(~overflow & ~tiny, 0.0)
-        return share.nan_to_num(math.inf, math.inf), float(k), "steps of the sum's size"
+        return share.nan_to_num(math.inf, math.inf), float(a.shape[-1]), "steps of the sum's size"
 
     return compare
-
-
-def operands_of(name: str, words: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """a (blocks, 16, k), b (blocks, k, 8), d (blocks, 16, 8) in float64, and k, of fragments."""
-    dtype, k = FORMATS[name.rsplit("_", 1)[1]], 16 if "k16" in name else 8
-    lane = torch.arange(32)
-    group, pair = lane // 4, 2 * (lane % 4)
-    halves = words[..., :-4].contiguous().view(dtype).double().view(*words.shape[:2], -1, 2)
-    a = torch.zeros(len(words), 16, k, dtype=torch.float64)
-    b = torch.zeros(len(words), k, 8, dtype=torch.float64)
-    for q in range(k // 4):
-        for e in range(2):
-            a[:, group + q % 2 * 8, pair + q // 2 * 8 + e] = halves[:, :, q, e]
-    for q in range(k // 8):
-        for e in range(2):
-            b[:, pair + q * 8 + e, group] = halves[:, :, k // 4 + q, e]
-    d = torch.zeros(len(words), 16, 8, dtype=torch.float64)
-    floats = words[..., -4:].contiguous().view(torch.float32).double()
-    for q in range(4):
-        d[:, group + q // 2 * 8, pair + q % 2] = floats[..., q]
-    return a, b, d, k
-
-
-def fragments_of(d: Tensor) -> Tensor:
-    """(blocks, 16, 8) as lanes have it, (blocks, 32, 4)."""
-    lane = torch.arange(32)
-    group, pair = lane // 4, 2 * (lane % 4)
-    return torch.stack([d[:, group + q // 2 * 8, pair + q % 2] for q in range(4)], dim=-1)

@@ -63,7 +63,6 @@ class Gpu:
     sanitized = SANITIZED
     tools = tuple(TOOLS)
     results = ROOT / "benchmarks" / "results"
-    results = ROOT / "benchmarks" / "results"
 
     def __init__(self, device: str, arch: int, nvcc: str) -> None:
         self.device, self.arch, self.nvcc = device, arch, nvcc
@@ -198,7 +197,7 @@ def calibrate_steps(target: Target) -> list[Step]:
         text = "\n".join(wrong or [str(max(differences, key=lambda d: d.largest))])
         return Outcome("failed" if wrong else "passed", text, detail)
 
-    return [Step(name, partial(calibrate, name)) for name in calibration.PROBES]
+    return [Step(name, partial(calibrate, name)) for name in calibration.probes(target.arch)]
 
 
 # --- test -----------------------------------------------------------------------------------------
