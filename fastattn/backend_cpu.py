@@ -29,10 +29,11 @@ class OwnProducts(TorchProducts):
         torch.ops.fastattn_C.matmul(a, b, out, accumulate)
 
 
-def products(device: torch.device) -> TorchProducts:
+def own_products(device: torch.device) -> TorchProducts | None:
     # On AMD's AVX-512 processors, where torch's fp32 product (MKL's) reaches half of what the
     # processor can do; elsewhere it is the faster one.
-    return OwnProducts() if library.cpu_isa() == "avx512_bf16" else TorchProducts()
+    own = device.type == "cpu" and library.cpu_isa() == "avx512_bf16"
+    return OwnProducts() if own else None
 
 
 def unusable() -> str | None:

@@ -81,8 +81,12 @@ class Backend(NamedTuple):
 
     def products(self, device: torch.device) -> TorchProducts:
         """The matrix products that go with the cross-entropy kernel."""
-        own = getattr(self._load(), "products", products.torchs)
-        return own(device)
+        return self.own_products(device) or products.torchs(device)
+
+    def own_products(self, device: torch.device) -> TorchProducts | None:
+        """This backend's, where it has some that are faster than torch's."""
+        own = getattr(self._load(), "own_products", None)
+        return None if own is None else own(device)
 
 
 TABLE = (
@@ -128,6 +132,13 @@ def _warn_once(refusals: str) -> None:
         " Ask for it with backend='reference' to silence this.",
         stacklevel=2,
     )
+
+
+def own_products(device: torch.device, backend: str | None) -> TorchProducts | None:
+    """The requested backend's, or any usable one's, where they are faster than torch's."""
+    name = requested(backend)
+    rows = (row for row in TABLE if name in (None, row.name) and row.unusable() is None)
+    return next((own for row in rows if (own := row.own_products(device)) is not None), None)
 
 
 class Explanation(NamedTuple):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import linear
+
 Activation = Literal["gelu", "relu2", "swiglu"]
 
 
@@ -58,38 +60,46 @@ class _RMSNormalize(torch.autograd.Function):
 
 
 def activation_linear(
-    name: Activation, h: Tensor, weight: Tensor, bias: Tensor | None = None
+    name: Activation,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """activation(h) @ weightᵀ + bias, keeping h alone: the activation is computed again.
 
     h (…, n_inner), for "swiglu" (…, 2 n_inner); weight (C, n_inner); gives (…, C). At GPT-2's
-    sizes the activation would be a quarter of all that a block keeps.
+    sizes the activation would be a quarter of all that a block keeps. `backend` as in `linear`.
     """
-    return _ActivationLinear.apply(name, h, weight, bias)
+    return _ActivationLinear.apply(name, h, weight, bias, backend)
 
 
 class _ActivationLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: Activation, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(activate(name, h), weight, bias)
+    def forward(
+        name: Activation, h: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None
+    ) -> Tensor:
+        return linear(activate(name, h), weight, bias, backend=backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.name, h, weight, bias = inputs
+        ctx.name, h, weight, bias, ctx.backend = inputs
         ctx.has_bias = bias is not None
         ctx.save_for_backward(h, weight)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[None, Tensor, Tensor, Tensor | None]:
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor, Tensor, Tensor | None, None]:
         h, weight = ctx.saved_tensors
-        da = dy @ weight.to(dy.dtype)  # under autocast dy is bf16 and the weight fp32
+        # Under autocast dy is bf16 and the weight fp32.
+        da = linear(dy, weight.to(dy.dtype).mT, backend=ctx.backend)
         dh, a = _activation_backward(ctx.name, h, da)
         rows = dy.flatten(0, -2)
-        dweight = rows.mT @ a.flatten(0, -2)
+        dweight = linear(rows.mT, a.flatten(0, -2).mT, backend=ctx.backend)
         dbias = rows.sum(0).to(weight.dtype) if ctx.has_bias else None
-        return None, dh, dweight.to(weight.dtype), dbias
+        return None, dh, dweight.to(weight.dtype), dbias, None
 
 
 def activate(name: Activation, h: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ def attn_decode(*args, out_val=None) -> int:
     return attention_flops(1, heads, pairs, head_dim, p.v_cache.shape[-1])
 
 
+@register_flop_formula(_OPS.linear)
+def linear(x_shape, weight_shape, *_, out_shape=None) -> int:
+    return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
+
+
 @register_flop_formula(_OPS.linear_cross_entropy_fwd, get_raw=True)
 def linear_cross_entropy_fwd(*args, out_val=None) -> int:
     return _product(args)

@@ -166,7 +166,7 @@ class _Context:
             hidden = self._prefill()
         else:
             hidden = self.model.hidden(self.last[:, None], self.cache, backend=self.backend)[:, 0]
-        return self.model.logits(hidden)
+        return self.model.logits(hidden, backend=self.backend)
 
     def append(self, token: Tensor) -> None:
         self.last = token

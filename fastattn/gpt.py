@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from . import hf_gpt2
 from .elementwise import Activation
 from .generate import generate
+from .linear import linear
 from .losses import linear_cross_entropy
 from .modules import (
     MLP,
@@ -153,7 +154,7 @@ class Block(nn.Module):
         backend: str | None = None,
     ) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotation, cache, backend)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x), backend)
 
 
 class GPT(nn.Module):
@@ -222,9 +223,9 @@ class GPT(nn.Module):
             cache.advance(T)
         return self.ln_f(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, *, backend: str | None = None) -> Tensor:
         """hidden (…, C) gives logits (…, V)."""
-        logits = nn.functional.linear(hidden, self.head_weight)
+        logits = linear(hidden, self.head_weight, backend=backend)
         softcap = self.config.logit_softcap
         return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
 
@@ -239,10 +240,11 @@ class GPT(nn.Module):
         """The logits (B, T, V) of tokens idx (B, T) int64, or, given targets (B, T), the loss.
 
         Targets of −100 are ignored. The loss is fp32: the mean over the others, their "sum", or
-        with reduction "none" (B, T). `backend` names one for attention and loss, as in `attention`.
+        with reduction "none" (B, T). `backend`, as in `attention`, is also for the loss and the
+        matrix products.
         """
         if targets is None:
-            return self.logits(self.hidden(idx, backend=backend))
+            return self.logits(self.hidden(idx, backend=backend), backend=backend)
         check_tokens(idx)
         if self.lm_head is not None or torch.compiler.is_compiling():
             x, head_weight = self.wte(idx), self.head_weight

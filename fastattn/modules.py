@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attention import attention
 from .decode import attention_decode
 from .elementwise import Activation, activation_linear, rms_norm
+from .linear import Linear
 
 NormName = Literal["layernorm", "rmsnorm"]
 
@@ -185,8 +186,8 @@ class CausalSelfAttention(nn.Module):
         self.softcap = softcap
         self.window = window
         self.dropout = dropout
-        self.c_attn = nn.Linear(n_embd, (n_head + 2 * n_kv_head) * self.head_dim, bias=bias)
-        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.c_attn = Linear(n_embd, (n_head + 2 * n_kv_head) * self.head_dim, bias=bias)
+        self.c_proj = Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = nn.Dropout(dropout)
 
     def forward(
@@ -203,7 +204,7 @@ class CausalSelfAttention(nn.Module):
         """
         B, T, _ = x.shape
         H_q, H_k = self.n_head, self.n_kv_head
-        qkv = self.c_attn(x).view(B, T, H_q + 2 * H_k, self.head_dim)
+        qkv = self.c_attn(x, backend).view(B, T, H_q + 2 * H_k, self.head_dim)
         if self.qk_norm or rotation is not None:
             qk, v = qkv.split((H_q + H_k, H_k), dim=2)
             if self.qk_norm:
@@ -215,7 +216,7 @@ class CausalSelfAttention(nn.Module):
             q, k, v = qkv.split((H_q, H_k, H_k), dim=2)
 
         y = self._attend(q, k, v, cache, backend)  # (B, T, H_q, D)
-        return self.resid_dropout(self.c_proj(y.flatten(2)))
+        return self.resid_dropout(self.c_proj(y.flatten(2), backend))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, backend: str | None
@@ -265,13 +266,14 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self.c_fc = nn.Linear(n_embd, 2 * n_inner if name == "swiglu" else n_inner, bias=bias)
-        self.c_proj = nn.Linear(n_inner, n_embd, bias=bias)
+        self.c_fc = Linear(n_embd, 2 * n_inner if name == "swiglu" else n_inner, bias=bias)
+        self.c_proj = Linear(n_inner, n_embd, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.c_fc(x)
-        return self.dropout(activation_linear(self.name, h, self.c_proj.weight, self.c_proj.bias))
+    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
+        h, proj = self.c_fc(x, backend), self.c_proj
+        y = activation_linear(self.name, h, proj.weight, proj.bias, backend=backend)
+        return self.dropout(y)
 
 
 def default_n_inner(name: Activation, n_embd: int) -> int:

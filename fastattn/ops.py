@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, chunked_loss, validate
+from . import backends, chunked_loss, products, validate
 from .problem import (
     AttentionProblem,
     CrossEntropyProblem,
@@ -206,6 +206,26 @@ _define(
     f"(Tensor(a!) logits, {_CE_OPTIONS}, Tensor dloss, str? backend) -> (Tensor loss, Tensor lse)",
     _cross_entropy_fwd_bwd_,
     _loss_and_lse_fake,
+)
+
+
+# ---- linear layers ----
+
+
+def _linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
+    own = backends.own_products(x.device, backend) or products.torchs(x.device)
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    if bias is not None:
+        out.copy_(bias)
+    own.multiply(own.operand(x), own.operand(weight).t(), out, accumulate=bias is not None)
+    return out
+
+
+_define(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias, str? backend) -> Tensor",  # all fp32
+    _linear_layer,
+    lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0])),
 )
 
 

@@ -97,6 +97,12 @@ def test_linear_cross_entropy(reduction: str) -> None:
         assert count(lambda: loss().backward()) == 2 * product
 
 
+def test_a_linear_layer_is_counted_as_torchs() -> None:
+    x, weight, bias = inputs((6, 8), (33, 8), (33,))
+    assert count(lambda: torch.ops.fastattn.linear(x, weight, bias, None)) == 2 * 6 * 8 * 33
+    assert count(lambda: torch.nn.functional.linear(x, weight, bias)) == 2 * 6 * 8 * 33
+
+
 def test_every_operator_with_products_has_a_formula() -> None:
     names = {
         name.removeprefix("fastattn::")
