@@ -31,21 +31,21 @@ class Budget(NamedTuple):
 
 # 65,536 registers an SM: 255 leave room for 8 warps, 128 for 16, 64 for 32.
 BUDGET = {
-    "attn_bwd_clear_kernel": Budget(32),
+    "attn_bwd_clear_kernel": Budget(28),
     "attn_bwd_dkv_kernel": Budget(255, tensor_cores=True),
     "attn_bwd_dq_kernel": Budget(255, tensor_cores=True),
-    "attn_bwd_dq_store_kernel": Budget(64),
-    "attn_bwd_dsinks_kernel": Budget(72),
-    "attn_bwd_prep_kernel": Budget(64),
+    "attn_bwd_dq_store_kernel": Budget(28),
+    "attn_bwd_dsinks_kernel": Budget(70),
+    "attn_bwd_prep_kernel": Budget(40),
     "attn_bwd_sm90_kernel": Budget(168),
     "attn_entropy_kernel": Budget(96),
     "attn_fwd_fp32_kernel": Budget(255),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
     "attn_fwd_sm90_kernel": Budget(168),  # as it starts: 384 threads, or 512 of 128
     "attn_decode_kernel": Budget(168),
-    "attn_decode_mma_kernel": Budget(255, tensor_cores=True),
+    "attn_decode_mma_kernel": Budget(240, tensor_cores=True),
     "attn_decode_combine_kernel": Budget(64),
-    "cache_append_kernel": Budget(64),
+    "cache_append_kernel": Budget(58),
     "cross_entropy_kernel": Budget(64),
 }
 
@@ -107,10 +107,10 @@ HOT_PATH = {
     "attn_fwd_kernel<64, 0>": {"sm_75": 1024, "sm_80": 1024},  # tensor, tensor
     "attn_fwd_kernel<64, 1>": {"sm_75": 1024, "sm_80": 616},  # tensor, shared
     "attn_fwd_kernel<96, 0>": {"sm_75": 1536, "sm_80": 1536},  # tensor, tensor
-    "attn_fwd_kernel<96, 1>": {"sm_75": 1536, "sm_80": 1000},  # tensor, shared
+    "attn_fwd_kernel<96, 1>": {"sm_75": 1536, "sm_80": 904},  # tensor, shared
     "attn_fwd_kernel<128, 0>": {"sm_75": 1024, "sm_80": 2048},  # tensor, tensor
     "attn_fwd_kernel<128, 1>": {"sm_75": 1024, "sm_80": 1320},  # tensor, shared
-    "attn_fwd_kernel<192, 0>": {"sm_75": 768, "sm_80": 1096},  # tensor, shared
+    "attn_fwd_kernel<192, 0>": {"sm_75": 768, "sm_80": 904},  # tensor, shared
     "attn_fwd_kernel<192, 1>": {"sm_75": 768, "sm_80": 1096},  # tensor, shared
     "attn_fwd_kernel<256, 0>": {"sm_75": 1024, "sm_80": 1448},  # tensor, shared
     "attn_fwd_kernel<256, 1>": {"sm_75": 1024, "sm_80": 1448},  # tensor, shared

@@ -241,8 +241,8 @@ def test_offsets_past_2_to_31_elements(backend: str, dim: int) -> None:
     strides = [64, 32, 16]
     strides[dim] = far
     shape = (2, 2, 2, 16)
-    small = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(3)]
-    memory = untouched(far + 512, torch.bfloat16)
+    small = [torch.randn(shape, dtype=torch.float16) for _ in range(3)]
+    memory = untouched(far + 512, torch.float16)
     large = [memory[offset:].as_strided(shape, (*strides, 1)) for offset in (0, 128, 256)]
     for there, here in zip(large, small, strict=True):
         there.copy_(here)
@@ -366,7 +366,7 @@ def test_autocast_narrows_q_k_v() -> None:
 @pytest.mark.parametrize("wide", [torch.float64, torch.float32], ids=public.name_of)
 def test_options_of_other_dtypes(backend: str, wide: torch.dtype) -> None:
     """bias, slopes and sinks may be wider than q; their gradients come back in their dtypes."""
-    q = torch.randn(2, 9, 2, 8, dtype=torch.bfloat16)
+    q = torch.randn(2, 9, 2, 8, dtype=torch.float16)
     options = {
         "bias": torch.randn(2, 9, 9).to(wide).requires_grad_(),
         "sinks": torch.randn(2).to(wide).requires_grad_(),

@@ -169,8 +169,7 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
   // Found again, so that the loop keeps nothing of it in registers.
   const QueryTile same(p, launch.order, kBlockM, kBlockN, ptx::anew(blockIdx.x));
   T* to = head_at<T>(b.dq, b.dq_stride, same.sequence.batch, same.q_row, same.head);
-  Math::store(dq, sQ, warp_row, to, b.dq_stride.seq, same.rows, p.head_dim, p.scale,
-              launch.grads_aligned);
+  Math::store(dq, own_q, to, b.dq_stride.seq, same.rows, p.head_dim, p.scale, launch.grads_aligned);
   if (spoiled != 0) repair_dq<T, kBlockM>(launch, warp_row, spoiled);
 }
 
@@ -267,12 +266,12 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
   const KeyBlock same(p, launch.order, kBlockM, ptx::anew(blockIdx.x));
   if constexpr (kPart != Part::kDV) {
     T* to = head_at<T>(b.dk, b.dk_stride, same.sequence.batch, same.k_row, same.head);
-    Math::store(dk, sK, warp_row, to, b.dk_stride.seq, same.keys, p.head_dim, p.scale,
+    Math::store(dk, own_k, to, b.dk_stride.seq, same.keys, p.head_dim, p.scale,
                 launch.grads_aligned);
   }
   if constexpr (kPart != Part::kDK) {
     T* to = head_at<T>(b.dv, b.dv_stride, same.sequence.batch, same.k_row, same.head);
-    Math::store(dv, sV, warp_row, to, b.dv_stride.seq, same.keys, p.head_dim_v, 1.0f,
+    Math::store(dv, own_v, to, b.dv_stride.seq, same.keys, p.head_dim_v, 1.0f,
                 launch.grads_aligned);
   }
   if (spoiled != 0) {

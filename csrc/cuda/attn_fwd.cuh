@@ -30,7 +30,7 @@
 namespace fastattn::cuda {
 
 template <class Arch, class T, int kHeadDim, Scores kScores>
-__global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads())
+__global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads(), 1)
     attn_fwd_kernel(const __grid_constant__ AttnFwdLaunch launch) {
   constexpr FwdTile kTile = fwd_tile<Arch>(kHeadDim, kScores);
   constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n;

@@ -80,14 +80,14 @@ struct TensorCores {
                                   const Tile<kCols>& b) {
     multiply_add<Arch, T>(out, weights, b);
   }
-  // Through rows of `tile` that are this warp's own.
-  template <int kD, int kCols>
-  FASTATTN_DEVICE static void store(float (&grad)[1][kD][4], const Tile<kCols>& tile, int warp_row,
+  // Times `factor`, through the rows of an operand that is not needed any more.
+  template <int kD, int kCols, bool kHeld>
+  FASTATTN_DEVICE static void store(float (&grad)[1][kD][4], const Operand<kCols, kHeld>& own,
                                     T* to, int64_t stride, int rows, int64_t cols, float factor,
                                     bool aligned) {
     for_each_element(grad, [&](float& x, int, int, int, int) { x *= factor; });
-    __syncwarp();  // other lanes have read them
-    store_out(grad, tile, warp_row, to, stride, rows, static_cast<int>(cols), aligned);
+    if constexpr (!kHeld) __syncwarp();  // other lanes have read them
+    store_out(grad, own.tile, own.row, to, stride, rows, static_cast<int>(cols), aligned);
   }
 };
 
@@ -129,11 +129,11 @@ struct MultiplyAdd {
                                   const Tile<kCols>& b) {
     multiply_add(out, weights, b);
   }
-  template <int kD, int kCols>
-  FASTATTN_DEVICE static void store(const float (&grad)[1][kD][4], const Tile<kCols>&, int warp_row,
+  template <int kD, int kCols, bool kHeld>
+  FASTATTN_DEVICE static void store(const float (&grad)[1][kD][4], const Operand<kCols, kHeld>& own,
                                     T* to, int64_t stride, int rows, int64_t cols, float factor,
                                     bool) {
-    store_gradient(grad, to, stride, warp_row, rows, static_cast<int>(cols), factor);
+    store_gradient(grad, to, stride, own.row, rows, static_cast<int>(cols), factor);
   }
 };
 

@@ -12,7 +12,7 @@ namespace fastattn::cuda {
 template <class T, class Tile, int kM, int kD>
 FASTATTN_DEVICE void store_out(const float (&out)[kM][kD][4], const Tile& sO, int row, T* rows,
                                int64_t stride, int count, int cols, bool aligned) {
-  const int lane = ptx::anew(threadIdx.x) % 32;
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < kM; m++) {
 #pragma unroll
