@@ -147,7 +147,9 @@ def add_dq(
             dweights = tl.where(keep, dweights * mods.keep_scale, 0.0)
         dscores = weights * (dweights - row_delta[:, None])
         if CHECK or mods.mask is not None or mods.bias is not None:
-            dscores = tl.where(s == float("-inf"), 0.0, dscores)  # NaN of the hidden stays behind
+            # NaN of the hidden stays behind: that of the seen is in lse, and so in dscores already.
+            dscores = tl.where(s == float("-inf"), 0.0, dscores)
+            k_tile = tl.where(tl.abs(k_tile.to(tl.float32)) < float("inf"), k_tile, 0.0)
         if dbias is not None:
             at = at_scores(dbias, place, rows[:, None], keys[None, :])
             there = (rows < place.seqlen_q)[:, None] & (keys < place.seqlen_k)[None, :]

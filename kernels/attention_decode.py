@@ -6,11 +6,11 @@ merges: a split has its own softmax, with lse_s and out_s, and
 
     lse = log Σ_s exp(lse_s)      out = Σ_s exp(lse_s − lse) · out_s
 
-where a sink is one more score (Dao et al., "Flash-Decoding", 2023). New keys, rotated, and values
-are appended to the cache by a kernel of their own before.
+where a sink is one more score (Dao et al., "Flash-Decoding", 2023). As in attention_fwd.py, a tile
+into which the NaN of a hidden key got is computed again.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -23,106 +23,23 @@ from fastattn.rotary import rotate_queries
 from . import configs
 from .arguments import constants_of, heads_of, mods_of, padded, rows_of, window_of, work_of
 from .configs import Tile, cdiv, next_power_of_2
+from .kv_cache import cache_append, cache_of, cache_offsets
 from .launch import Launch, launcher
 from .primitives import (
     LN2,
     LOG2E,
     Heads,
     Place,
+    add_key,
     add_sink,
     blocks_seen,
+    is_spoiled,
     load_at,
     natural_lse,
     online_softmax,
     scores_from,
     store_at,
 )
-
-
-class Cache(NamedTuple):
-    k: Any  # Heads of rows, or pages, by position
-    v: Any
-    seqlens: Any  # (B,) int32, before the append
-    seqlen_new: Any  # keys appended
-    block_table: Any  # (B, pages) int32 or None
-    table_stride: Any
-    page_size: Any
-    rows: Any  # (B,) int32 or None: the sequence's row of a cache that isn't paged
-    leftpad: Any  # (B,) int32 or None: the first position with a key
-
-
-@triton.jit
-def cache_offsets(x, cache, batch, positions, there):
-    """Where the rows at these positions of a sequence lie in x, the cache's K or V; of head 0."""
-    if cache.block_table is None:
-        row = tl.cast(batch, tl.int64)
-        if cache.rows is not None:
-            row = tl.load(cache.rows + batch).to(tl.int64)
-        return row * x.batch + positions.to(tl.int64) * x.seq
-    else:
-        at = cache.block_table + tl.cast(batch, tl.int64) * cache.table_stride
-        page = tl.load(at + positions // cache.page_size, mask=there, other=0).to(tl.int64)
-        return page * x.batch + (positions % cache.page_size).to(tl.int64) * x.seq
-
-
-# --- append ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def cache_append_kernel(
-    k,  # Heads (B, S_new, H_k, D)
-    v,
-    cache,
-    cos,  # (positions, R), rows cos_stride apart; or None
-    sin,
-    cos_stride,
-    sin_stride,
-    heads_k,
-    INTERLEAVED: tl.constexpr,
-    ROTARY_PAIRS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """One key and value of one head a program."""
-    program = tl.program_id(0)
-    head, i = program % heads_k, program // heads_k % cache.seqlen_new
-    batch = program // heads_k // cache.seqlen_new
-    position = tl.load(cache.seqlens + batch) + i
-    b, s, h = tl.cast(batch, tl.int64), tl.cast(i, tl.int64), tl.cast(head, tl.int64)
-    from_k = k.data + b * k.batch + s * k.seq + h * k.head
-    from_v = v.data + b * v.batch + s * v.seq + h * v.head
-    to_k = cache.k.data + cache_offsets(cache.k, cache, batch, position, True) + h * cache.k.head
-    to_v = cache.v.data + cache_offsets(cache.v, cache, batch, position, True) + h * cache.v.head
-
-    columns = tl.arange(0, BLOCK_DV)
-    tl.store(
-        to_v + columns,
-        tl.load(from_v + columns, mask=columns < HEAD_DIM_V, other=0.0),
-        mask=columns < HEAD_DIM_V,
-    )
-    columns = tl.arange(0, BLOCK_D)
-    rest = (columns >= 2 * ROTARY_PAIRS) & (columns < HEAD_DIM)
-    tl.store(to_k + columns, tl.load(from_k + columns, mask=rest, other=0.0), mask=rest)
-    if ROTARY_PAIRS > 0:
-        pairs = tl.arange(0, BLOCK_R)
-        there = pairs < ROTARY_PAIRS
-        first, second = pairs, pairs + ROTARY_PAIRS
-        if INTERLEAVED:
-            first, second = 2 * pairs, 2 * pairs + 1
-        x = tl.load(from_k + first, mask=there, other=0.0).to(tl.float32)
-        y = tl.load(from_k + second, mask=there, other=0.0).to(tl.float32)
-        row = tl.cast(position, tl.int64)
-        c = tl.load(cos + row * cos_stride + pairs, mask=there, other=0.0).to(tl.float32)
-        d = tl.load(sin + row * sin_stride + pairs, mask=there, other=0.0).to(tl.float32)
-        dtype = cache.k.data.dtype.element_ty
-        tl.store(to_k + first, (x * c - y * d).to(dtype), mask=there)
-        tl.store(to_k + second, (x * d + y * c).to(dtype), mask=there)
-
-
-# --- attention ------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -178,7 +95,7 @@ def attn_decode_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for first_key in tl.range(begin, end, BLOCK_N):
         keys = first_key + tl.arange(0, BLOCK_N)
-        exists = keys < seqlen_k
+        exists = seen_by_any(first, last, place, window, keys)
         k_offsets = cache_offsets(cache.k, cache, batch, start + keys, exists) + h * cache.k.head
         k_tile = load_at(cache.k.data, k_offsets, exists, HEAD_DIM, BLOCK_D, True)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -194,13 +111,71 @@ def attn_decode_kernel(
         row_scale, row_max, row_sum = add_sink(sink, mods.unit, row_max, row_sum)
         acc *= row_scale[:, None]
 
+    row_lse = natural_lse(mods.unit, row_max, row_sum)
     at_split = tl.cast(split, tl.int64)
     at_lse = lse.data + at_split * lse_split + b * lse.batch
-    at_lse += rows.to(tl.int64) * lse.seq + heads.to(tl.int64) * lse.head
-    tl.store(at_lse, natural_lse(mods.unit, row_max, row_sum), mask=there)
+    lse_offsets = rows.to(tl.int64) * lse.seq + heads.to(tl.int64) * lse.head
+    tl.store(at_lse + lse_offsets, row_lse, mask=there)
     acc *= (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
-    offsets = b * out.batch + rows.to(tl.int64) * out.seq + heads.to(tl.int64) * out.head
-    store_at(out.data + at_split * out_split, offsets, there, acc, HEAD_DIM_V, BLOCK_DV)
+    at_out = out.data + at_split * out_split + b * out.batch
+    offsets = rows.to(tl.int64) * out.seq + heads.to(tl.int64) * out.head
+    store_at(at_out, offsets, there, acc, HEAD_DIM_V, BLOCK_DV)
+
+    # A single query sees all that is loaded. Of several, one may have got a hidden key's 0 · NaN.
+    if seqlen_q != 1 and ((window.left is not None) or (window.right is not None)):
+        spoiled = is_spoiled(acc, row_lse)
+        if spoiled:
+            tl.debug_barrier()  # out and lse were written by other threads
+            for part in tl.range(0, BLOCK_M, 16, num_stages=1):
+                decode_one_by_one(
+                    tile * BLOCK_M + part, begin, end, start, q, cache, at_out, out, at_lse, lse,
+                    batch, head_k, mods, place, window, GROUP_SIZE,
+                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+
+
+@triton.jit
+def seen_by_any(first, last, place, window, keys):
+    """Of the queries first ≤ i ≤ last."""
+    diagonal = place.seqlen_k - place.seqlen_q
+    seen = keys < place.seqlen_k
+    if window.left is not None:
+        seen &= keys >= first + diagonal - window.left
+    if window.right is not None:
+        seen &= keys <= last + diagonal + window.right
+    return seen
+
+
+@triton.jit
+def decode_one_by_one(
+    first, begin, end, start, q, cache, at_out, out, at_lse, lse,
+    batch, head_k, mods, place, window, GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """The outputs of 16 rows of a tile again, from their lse, a key at a time."""
+    index = first + tl.arange(0, 16)
+    rows, heads = index // GROUP_SIZE, head_k * GROUP_SIZE + index % GROUP_SIZE
+    there = rows < place.seqlen_q
+    place = Place(batch, heads[:, None], 0, 0, place.seqlen_q, place.seqlen_k)
+    at_rows, at_heads = rows.to(tl.int64), heads.to(tl.int64)
+    at_q = q.data + tl.cast(batch, tl.int64) * q.batch
+    q_tile = load_at(at_q, at_rows * q.seq + at_heads * q.head, there, HEAD_DIM, BLOCK_D, True)
+    q_tile = q_tile.to(tl.float32)
+    row_lse = tl.load(
+        at_lse + at_rows * lse.seq + at_heads * lse.head, mask=there, other=float("inf")
+    )
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
+    acc = tl.zeros((16, BLOCK_DV), tl.float32)
+    columns, columns_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    h = tl.cast(head_k, tl.int64)
+    for key in tl.range(begin, tl.minimum(end, place.seqlen_k), num_stages=1):
+        at_k = cache.k.data + cache_offsets(cache.k, cache, batch, start + key, True)
+        at_v = cache.v.data + cache_offsets(cache.v, cache, batch, start + key, True)
+        k_row = tl.load(at_k + h * cache.k.head + columns, mask=columns < HEAD_DIM, other=0.0)
+        v_row = tl.load(at_v + h * cache.v.head + columns_v, mask=columns_v < HEAD_DIM_V, other=0.0)
+        acc = add_key(acc, q_tile, k_row, v_row, row_lse, mods, place, window, rows, key)
+    offsets = at_rows * out.seq + at_heads * out.head
+    store_at(at_out, offsets, there, acc, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit
@@ -254,29 +229,11 @@ def attn_decode_combine_kernel(
 # --- launches -------------------------------------------------------------------------------------
 
 
-def cache_of(p: DecodeProblem) -> Cache:
-    return Cache(
-        k=heads_of(p.k_cache, False),
-        v=heads_of(p.v_cache, False),
-        seqlens=p.cache_seqlens,
-        seqlen_new=0 if p.k is None else p.k.shape[1],
-        block_table=p.block_table,
-        table_stride=0 if p.block_table is None else p.block_table.stride(0),
-        page_size=p.k_cache.shape[1],
-        rows=p.cache_batch_idx,
-        leftpad=p.cache_leftpad,
-    )
-
-
 def _tile(p: DecodeProblem, *_: Any) -> Tile:
     seqlen_q, heads = p.q.shape[1:3]
     heads_k, head_dim_v = p.v_cache.shape[-2:]
     work = work_of(p.q, head_dim_v, mods_of(p))
     return configs.attention_decode(work, seqlen_q * (heads // heads_k))
-
-
-def _one_row(*_: Any) -> Tile:
-    return configs.ONE_ROW
 
 
 @launcher(_tile, tuned=True)
@@ -305,7 +262,7 @@ def _decode(tile: Tile, p: DecodeProblem, outs: Tensor, lses: Tensor, splits: in
     return Launch(attn_decode_kernel, programs, arguments, constants, tile)
 
 
-@launcher(_one_row)
+@launcher(lambda *_: configs.ONE_ROW)
 def _combine(
     tile: Tile, p: DecodeProblem, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor
 ) -> Launch:
@@ -320,38 +277,10 @@ def _combine(
     return Launch(attn_decode_combine_kernel, rows, arguments, constants, tile)
 
 
-@launcher(_one_row)
-def _append(tile: Tile, p: DecodeProblem) -> Launch:
-    assert p.k is not None and p.v is not None
-    batch, seqlen_new, heads_k, head_dim = p.k.shape
-    pairs = 0 if p.rotary_cos is None else p.rotary_cos.shape[1]
-    cos, sin = (p.rotary_cos, p.rotary_sin) if pairs else (None, None)
-    arguments = (
-        heads_of(p.k, False),
-        heads_of(p.v, False),
-        cache_of(p),
-        cos,
-        sin,
-        0 if cos is None else cos.stride(0),
-        0 if sin is None else sin.stride(0),
-        heads_k,
-    )
-    constants = {
-        "INTERLEAVED": p.rotary_interleaved,
-        "ROTARY_PAIRS": pairs,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": p.v.shape[-1],
-        "BLOCK_R": next_power_of_2(max(pairs, 1)),
-        "BLOCK_D": next_power_of_2(head_dim),
-        "BLOCK_DV": next_power_of_2(p.v.shape[-1]),
-    }
-    return Launch(cache_append_kernel, batch * seqlen_new * heads_k, arguments, constants, tile)
-
-
 def attn_decode(p: DecodeProblem) -> tuple[Tensor, Tensor]:
     """(out, lse), after the append to p's caches."""
     if p.k is not None:
-        _append(p)
+        cache_append(p)
     p = p._replace(q=rotate_queries(p))
     batch, seqlen_q, heads, _ = p.q.shape
     head_dim_v = p.v_cache.shape[-1]

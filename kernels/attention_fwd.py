@@ -31,10 +31,11 @@ from .arguments import (
 from .configs import Tile, cdiv
 from .launch import Launch, launcher
 from .primitives import (
-    LOG2E,
+    add_key,
     add_sink,
     blocks_seen,
     head_at,
+    is_spoiled,
     kept,
     load_lse,
     load_rows,
@@ -118,8 +119,8 @@ def attn_fwd_kernel(
     store_rows(at_out, out.seq, rows, place.seqlen_q, acc, HEAD_DIM_V, BLOCK_DV)
 
     if (mods.mask is not None) or (window.left is not None) or (window.right is not None):
-        spoiled = (acc != acc) & (row_lse == row_lse)[:, None]
-        if tl.max(tl.max(spoiled.to(tl.int32), 1), 0) > 0:
+        spoiled = is_spoiled(acc, row_lse)
+        if spoiled:
             tl.debug_barrier()  # out and lse were written by other threads
             for part in tl.range(first, last + 1, 16, num_stages=1):
                 attend_one_by_one(
@@ -170,15 +171,7 @@ def attend_one_by_one(
         row = tl.cast(key, tl.int64)
         k_row = tl.load(at_k + row * k_stride + columns, mask=columns < HEAD_DIM, other=0.0)
         v_row = tl.load(at_v + row * v_stride + columns_v, mask=columns_v < HEAD_DIM_V, other=0.0)
-        qk = tl.sum(q_tile * k_row.to(tl.float32)[None, :], 1)[:, None]
-        keys = key + tl.zeros((1, 1), tl.int32)
-        s, _ = scores_from(qk, mods, place, window, rows[:, None], keys, True)
-        weights = tl.exp2((s * mods.unit - row_lse[:, None]) * LOG2E)
-        if mods.seed is not None:
-            keep = kept(mods, place, rows, key // 4 * 4, 4) & (tl.arange(0, 4) == key % 4)[None, :]
-            keep = tl.max(keep.to(tl.int32), 1)[:, None] > 0
-            weights = tl.where(keep, weights * mods.keep_scale, 0.0)
-        acc += tl.where(s == float("-inf"), 0.0, weights * v_row.to(tl.float32)[None, :])
+        acc = add_key(acc, q_tile, k_row, v_row, row_lse, mods, place, window, rows, key)
     store_rows(at_out, out_stride, rows, place.seqlen_q, acc, HEAD_DIM_V, BLOCK_DV)
 
 

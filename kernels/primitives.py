@@ -260,6 +260,29 @@ def online_softmax(s, unit, row_max, row_sum):
 
 
 @triton.jit
+def add_key(acc, q_tile, k_row, v_row, row_lse, mods, place, window, rows, key):
+    """acc + weights · v_row of one key, of queries in fp32 whose lse is known: what the slow repair
+    of a tile adds, so that no hidden key's NaN gets in."""
+    qk = tl.sum(q_tile * k_row.to(tl.float32)[None, :], 1)[:, None]
+    s, _ = scores_from(
+        qk, mods, place, window, rows[:, None], key + tl.zeros((1, 1), tl.int32), True
+    )
+    weights = tl.exp2((s * mods.unit - row_lse[:, None]) * LOG2E)
+    if mods.seed is not None:
+        keep = kept(mods, place, rows, key // 4 * 4, 4) & (tl.arange(0, 4) == key % 4)[None, :]
+        keep = tl.max(keep.to(tl.int32), 1)[:, None] > 0
+        weights = tl.where(keep, weights * mods.keep_scale, 0.0)
+    return acc + tl.where(s == float("-inf"), 0.0, weights * v_row.to(tl.float32)[None, :])
+
+
+@triton.jit
+def is_spoiled(acc, row_lse):
+    """Whether a tile has NaN in a row whose lse is a number: a hidden key's, as 0 · NaN."""
+    spoiled = (acc != acc) & (row_lse == row_lse)[:, None]
+    return tl.max(tl.max(spoiled.to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
 def add_sink(sink, unit, row_max, row_sum):
     """(what sums so far are multiplied by, row_max, row_sum) with one more score, of no value."""
     sink = sink / unit

@@ -19,6 +19,7 @@ from fastattn.kernels import (
     attention_fwd,
     cross_entropy,
     interpreter,
+    kv_cache,
 )
 from fastattn.kernels.launch import Launch, Launcher
 from triton.backends.compiler import GPUTarget
@@ -111,7 +112,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
 
 
 def forget_plans() -> None:
-    for module in (attention_fwd, attention_bwd, attention_decode, cross_entropy):
+    for module in (attention_fwd, attention_bwd, attention_decode, kv_cache, cross_entropy):
         for x in vars(module).values():
             if isinstance(x, Launcher):
                 x.kept.clear()

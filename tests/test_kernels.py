@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import hidden_values
 import public
 import pytest
 import torch
 from torch import Tensor
 
-from fastattn import backend_triton, philox
+from fastattn import backend_triton, philox, reference
 from fastattn.testing import (
     CASES,
     CE_CASES,
@@ -24,6 +25,7 @@ from fastattn.testing import (
     make_cross_entropy_problem,
     make_decode_problem,
     make_problem,
+    to_float64,
 )
 
 if (reason := backend_triton.unusable()) is not None:
@@ -187,6 +189,49 @@ def test_losses_stay_in_bounds_and_race_for_nothing(case: CrossEntropyCase, chec
     p = make_cross_entropy_problem(case, torch.bfloat16)
     function = functools.partial(public.cross_entropy, backend="triton")
     check(lambda: cross_entropy_results(function, p), 2)
+
+
+# --- values that are no numbers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", hidden_values.VALUES, ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("case, row", hidden_values.CASES, ids=str)
+def test_hidden_values_reach_nobody(case: Case, row: int, where: str, value: float) -> None:
+    dtype = public.KERNEL_DTYPES[(row + "qkv".index(where)) % 3]
+    hidden_values.check_attention(case, row, where, value, dtype, "triton")
+
+
+@pytest.mark.parametrize("value", hidden_values.VALUES, ids=str)
+@pytest.mark.parametrize("where", ["k_cache", "v_cache"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        DecodeCase("causal", (100, 90), 5, capacity=110, window=(-1, 0)),
+        DecodeCase("splits", (100, 90), 5, capacity=110, window=(-1, 0), num_splits=2, sinks=True),
+        DecodeCase("paged", (100, 90), 3, capacity=112, page_size=16, window=(20, 0), alibi="h"),
+        DecodeCase("window", (100, 90), 1, capacity=110, window=(20, 0)),
+    ],
+    ids=str,
+)
+def test_hidden_values_reach_nobody_in_decoding(case: DecodeCase, where: str, value: float) -> None:
+    """One key of the last but one query, and one behind the window's left end."""
+    p = make_decode_problem(case, torch.float16)
+    bad = getattr(p, where).clone()
+    for position in (98, 77):  # of the first sequence
+        row, at = 0, position
+        if p.block_table is not None:
+            row, at = int(p.block_table[0, position // 16]), position % 16
+        bad[row, at, 0, 3] = value
+    p = p._replace(**{where: bad})
+    out, lse = public.decode(p, backend="triton")
+    out64, lse64 = reference.attention_decode(to_float64(p))
+    for ours, exact in ((out, out64), (lse, lse64)):
+        assert torch.equal(ours.isnan(), exact.isnan())
+        assert torch.equal(ours.isinf(), exact.isinf())
+    there = out64.isfinite()
+    assert there.any() and (~there).any()
+    torch.testing.assert_close(out.double()[there], out64[there], rtol=2e-3, atol=2e-3)
 
 
 @triton.jit
