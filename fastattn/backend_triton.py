@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from .backends import KERNEL_DTYPES, Problem
-from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem, QKVGradients
+from .problem import (
+    AttentionProblem,
+    CrossEntropyProblem,
+    DecodeProblem,
+    LinearCrossEntropyProblem,
+    QKVGradients,
+)
 
 
 def unusable() -> str | None:
@@ -137,3 +143,9 @@ def cross_entropy_bwd(
     """dloss · ∂loss + dlse · ∂lse; written to dlogits (may be the logits) if given."""
     with _on_device_of(p.logits):
         return _kernels("cross_entropy").cross_entropy_bwd(p, dloss, dlse, dlogits)
+
+
+def linear_cross_entropy_fwd(p: LinearCrossEntropyProblem) -> tuple[Tensor, Tensor]:
+    """Loss and lse a row; the logits never reach memory."""
+    with _on_device_of(p.x):
+        return _kernels("linear_cross_entropy").linear_cross_entropy_fwd(p)

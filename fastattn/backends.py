@@ -79,6 +79,13 @@ class Backend(NamedTuple):
     def cross_entropy_bwd(self) -> Callable[..., Tensor]:
         return self._load().cross_entropy_bwd
 
+    @property
+    def linear_cross_entropy_fwd(
+        self,
+    ) -> Callable[[LinearCrossEntropyProblem], tuple[Tensor, Tensor]] | None:
+        """None where it goes through the logits, in chunks."""
+        return getattr(self._load(), "linear_cross_entropy_fwd", None)
+
     def products(self, device: torch.device) -> TorchProducts:
         """The matrix products that go with the cross-entropy kernel."""
         return self.own_products(device) or products.torchs(device)

@@ -27,8 +27,10 @@ WORKSPACE_BYTES = 128 << 20
 def forward(
     p: LinearCrossEntropyProblem, workspace_bytes: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """(loss, lse), both (N,) fp32."""
+    """(loss, lse), both (N,) fp32; without chunks where a backend needs no logits for it."""
     row = backends.choose(p, backend)
+    if (fused := row.linear_cross_entropy_fwd) is not None:
+        return fused(p)
     losses, lses = [], []
     for chunk in _chunks(p, row.products(p.x.device), workspace_bytes):
         loss, lse = row.cross_entropy_fwd(p.of_logits(chunk.logits, chunk.rows), None, None)

@@ -41,6 +41,7 @@ def next_power_of_2(n: int) -> int:
 
 Tiles = tuple[Tile, Tile, Tile]  # for head dims up to 64, 128, 256
 ONE_ROW = Tile(1, 1, 1)  # a program has a row of at most 256 elements
+ROWS = Tile(128, 1, 4)  # a thread has a row
 INTERPRETED = Tile(64, 64)
 
 # 16-bit. Of the forward 128 queries make up for reading K and V again; 256 of head dim leave
@@ -68,7 +69,7 @@ BWD_DKV: dict[int, Tiles] = {
 # fp32 multiplies without tensor cores on every architecture, with whole rows of the operands that a
 # program keeps in registers: the fewer, the better.
 FP32_FWD: Tiles = (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1))
-FP32_BWD_DQ: Tiles = (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1))
+FP32_BWD_DQ: Tiles = (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
 FP32_BWD_DKV: Tiles = (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1))
 
 
@@ -162,3 +163,30 @@ def cross_entropy(vocab: int, smoothed: bool) -> Tile:
     most = 4096 if smoothed else 8192
     block = min(next_power_of_2(vocab), most)
     return Tile(1, block, max(16 * block // most, 1))
+
+
+# Rows and classes of a product of long rows, whose sums stay in registers.
+LINEAR: dict[int, Tile] = {
+    80: Tile(128, 128, 8, 3),
+    90: Tile(128, 128, 8, 3),
+    100: Tile(128, 128, 8, 2),
+    120: Tile(128, 128, 8, 2),
+}
+FP32_LINEAR = Tile(64, 32, 8, 2)
+
+
+def linear_cross_entropy(dtype: torch.dtype, heavy: bool) -> Tile:
+    """Softcap and smoothed labels want registers: half as many classes then. In the interpreter,
+    several blocks of rows and of classes."""
+    if (here := arch()) == 0:
+        return Tile(16, 32)
+    if dtype == torch.float32:
+        return FP32_LINEAR
+    here = 120 if here in (86, 89) else here
+    tile = LINEAR[max(known for known in LINEAR if known <= here)]
+    return tile._replace(block_n=tile.block_n // 2) if heavy else tile
+
+
+def channels_at_a_time(dtype: torch.dtype) -> int:
+    """128 bytes of a row: a line of the cache."""
+    return 128 // dtype.itemsize

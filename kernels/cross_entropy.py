@@ -85,14 +85,14 @@ def cross_entropy_kernel(
     row_lse = row_max + log_sum
 
     if loss is not None:
-        row_loss = w_y * (log_sum - (z_y - row_max))
+        smooth, weights = 0.0, 0.0
         if label_smoothing is not None:
             smooth = tl.sum(lane_smooth + lane_weight * (lane_max - row_max), 0)
-            smooth = tl.sum(lane_weight, 0) * log_sum - smooth
-            row_loss = (1.0 - label_smoothing) * row_loss + label_smoothing / vocab * smooth
-        if z_loss is not None:
-            row_loss += z_loss * row_lse * row_lse
-        tl.store(loss + row, tl.where(ignored, 0.0, row_loss))
+            weights = tl.sum(lane_weight, 0)
+        value = row_loss(
+            log_sum, row_max, z_y, w_y, smooth, weights, vocab, label_smoothing, z_loss
+        )
+        tl.store(loss + row, tl.where(ignored, 0.0, value))
     if lse is not None:
         tl.store(lse + row, row_lse)
 
@@ -125,6 +125,18 @@ def cross_entropy_kernel(
                 dz -= s * weight_of(weight, column, there)
             dz = tl.where(silent, 0.0, dz * slope)
             tl.store(dx + column, dz.to(dlogits.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def row_loss(log_sum, row_max, z_y, w_y, smooth, weights, vocab, label_smoothing, z_loss):
+    """The loss of a target that isn't ignored; smooth is Σ w · (z − max), weights are Σ w."""
+    loss = w_y * (log_sum - (z_y - row_max))
+    if label_smoothing is not None:
+        smoothed = label_smoothing / vocab * (weights * log_sum - smooth)
+        loss = (1.0 - label_smoothing) * loss + smoothed
+    if z_loss is not None:
+        loss += z_loss * (row_max + log_sum) * (row_max + log_sum)
+    return loss
 
 
 @triton.jit

@@ -20,10 +20,19 @@ from fastattn.kernels import (
     cross_entropy,
     interpreter,
     kv_cache,
+    linear_cross_entropy,
 )
 from fastattn.kernels.launch import Launch, Launcher
 from triton.backends.compiler import GPUTarget
 
+MODULES = (
+    attention_fwd,
+    attention_bwd,
+    attention_decode,
+    kv_cache,
+    cross_entropy,
+    linear_cross_entropy,
+)
 # bytes that a block may have, by compute capability · 10
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 
@@ -112,7 +121,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
 
 
 def forget_plans() -> None:
-    for module in (attention_fwd, attention_bwd, attention_decode, kv_cache, cross_entropy):
+    for module in MODULES:
         for x in vars(module).values():
             if isinstance(x, Launcher):
                 x.kept.clear()

@@ -30,9 +30,15 @@ from fastattn.kernels.attention_decode import attn_decode
 from fastattn.kernels.attention_entropy import attn_entropy
 from fastattn.kernels.attention_fwd import attn_fwd
 from fastattn.kernels.cross_entropy import cross_entropy_fwd
+from fastattn.kernels.linear_cross_entropy import linear_cross_entropy_fwd
 from gates import counted, machine_code
 
-from fastattn.problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from fastattn.problem import (
+    AttentionProblem,
+    CrossEntropyProblem,
+    DecodeProblem,
+    LinearCrossEntropyProblem,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # what products compile to, by architecture
@@ -48,12 +54,14 @@ class Budget(NamedTuple):
 BUDGET = {
     "attn_entropy_kernel": Budget(255, tensor_cores=True),
     "attn_fwd_kernel": Budget(255, tensor_cores=True),
-    "attn_bwd_dq_kernel": Budget(255, tensor_cores=True, spills=256),
+    "attn_bwd_dq_kernel": Budget(255, tensor_cores=True, spills=296),
     "attn_bwd_dkv_kernel": Budget(255, tensor_cores=True),
     "attn_decode_kernel": Budget(255),
     "attn_decode_combine_kernel": Budget(64),
     "cache_append_kernel": Budget(64),
     "cross_entropy_kernel": Budget(128),
+    "linear_cross_entropy_kernel": Budget(255, tensor_cores=True),
+    "linear_cross_entropy_merge_kernel": Budget(64),
 }
 
 
@@ -118,6 +126,15 @@ def losses(dtype: torch.dtype, vocab: int, rich: bool) -> None:
     cross_entropy_fwd(p, torch.empty(()), logits)
 
 
+def linear_losses(dtype: torch.dtype, channels: int, vocab: int, rich: bool) -> None:
+    x, w = torch.empty(4096, channels, dtype=dtype), torch.empty(vocab, channels, dtype=dtype)
+    p = LinearCrossEntropyProblem(x, w, None, torch.empty(4096, dtype=torch.int64))
+    if rich:
+        options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
+        p = p._replace(linear_bias=w[:, 0].clone(), weight=torch.empty(vocab), **options)
+    linear_cross_entropy_fwd(p)
+
+
 HALF, SINGLE = torch.bfloat16, torch.float32
 PROBLEMS: dict[str, Callable[[], None]] = {
     "attention D 64": lambda: attention(HALF, 64),
@@ -137,6 +154,9 @@ PROBLEMS: dict[str, Callable[[], None]] = {
     "losses V 128256": lambda: losses(HALF, 128256, rich=False),
     "losses V 50257, rich": lambda: losses(HALF, 50257, rich=True),
     "losses V 50257, fp32": lambda: losses(SINGLE, 50257, rich=False),
+    "linear losses": lambda: linear_losses(HALF, 4096, 128256, rich=False),
+    "linear losses, everything": lambda: linear_losses(HALF, 1000, 50257, rich=True),
+    "linear losses, fp32": lambda: linear_losses(SINGLE, 768, 50257, rich=False),
 }
 
 
