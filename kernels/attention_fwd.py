@@ -176,7 +176,8 @@ def attend_one_by_one(
 
 
 def _tile(p: AttentionProblem, *_: Tensor) -> Tile:
-    return configs.attention_fwd(work_of(p.q, p.v.shape[-1], mods_of(p)), lengths_of(p).q)
+    work = work_of(p.q, p.v.shape[-1], mods_of(p))
+    return configs.attention_fwd(work, lengths_of(p).q, left_edge=p.window_left >= 0)
 
 
 @launcher(_tile, tuned=True)

@@ -45,10 +45,14 @@ ROWS = Tile(128, 1, 4)  # a thread has a row
 INTERPRETED = Tile(64, 64)
 
 # 16-bit. Of the forward 128 queries make up for reading K and V again; 256 of head dim leave
-# registers for 64 of them, or for fewer keys.
+# registers for 64 of them, or for fewer keys. On sm_90 128 keys of head dim 128 take 666
+# instructions, twice 64 take 874 (the tensor cores 1024 cycles of a warp's scheduler). Tensor
+# descriptors would take 571, and 36 registers less (SASS of triton 3.9): but made on the host they
+# cost Python more than the rest of a launch, made by the kernel an allocator that is the whole
+# process's. warp_specialize crashes the compiler on two loops over keys (3.9), or does nothing (3.6).
 FWD: dict[int, Tiles] = {
     80: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    90: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+    90: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)),
     100: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
     120: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
 }
@@ -113,8 +117,11 @@ def _of(table: dict[int, Tiles], fp32: Tiles, work: Work) -> Tile:
     )
 
 
-def attention_fwd(work: Work, seqlen_q: int) -> Tile:
+def attention_fwd(work: Work, seqlen_q: int, left_edge: bool) -> Tile:
+    """A window's left edge is a third loop, and wants registers: no more than 64 keys then."""
     tile = _of(FWD, FP32_FWD, work)
+    if left_edge and tile.block_n > 64:
+        tile = tile._replace(block_n=64, stages=3)
     few = max(16, next_power_of_2(seqlen_q))
     return tile if few >= tile.block_m else tile._replace(block_m=few, warps=4)
 
@@ -172,7 +179,7 @@ LINEAR: dict[int, Tile] = {
     100: Tile(128, 128, 8, 2),
     120: Tile(128, 128, 8, 2),
 }
-FP32_LINEAR = Tile(64, 32, 8, 2)
+FP32_LINEAR = Tile(64, 64, 8, 1)
 
 
 def linear_cross_entropy(dtype: torch.dtype, heavy: bool) -> Tile:

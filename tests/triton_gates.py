@@ -69,12 +69,18 @@ BUDGET = {
 
 
 def attention(
-    dtype: torch.dtype, head_dim: int, rich: bool = False, heads_k: int = 8, softcap: float = 0.0
+    dtype: torch.dtype,
+    head_dim: int,
+    rich: bool = False,
+    heads_k: int = 8,
+    softcap: float = 0.0,
+    window_left: int = -1,
 ) -> None:
     """Forward, backward and entropy; of plain causal attention, or with all options."""
     q = torch.empty(2, 1024, 8, head_dim, dtype=dtype)
     k = v = torch.empty(2, 1024, heads_k, head_dim, dtype=dtype)
-    p = AttentionProblem(q, k, v, window_right=0, scale=head_dim**-0.5, softcap=softcap)
+    p = AttentionProblem(q, k, v, window_left=window_left, window_right=0, softcap=softcap)
+    p = p._replace(scale=head_dim**-0.5)
     if rich:
         p = p._replace(
             mask=torch.empty(1, 8, 1024, 1024, dtype=torch.bool),
@@ -143,6 +149,9 @@ PROBLEMS: dict[str, Callable[[], None]] = {
     "attention D 80, grouped": lambda: attention(HALF, 80, heads_k=2),
     "attention D 64, packed": lambda: packed_attention(HALF, 64),
     "attention D 128, softcap": lambda: attention(HALF, 128, softcap=30.0),
+    "attention D 64, window": lambda: attention(HALF, 64, window_left=256),
+    "attention D 128, window": lambda: attention(HALF, 128, window_left=256),
+    "attention D 256, window": lambda: attention(HALF, 256, window_left=256),
     "attention D 128, everything": lambda: attention(HALF, 128, rich=True),
     "attention D 64, fp32": lambda: attention(SINGLE, 64),
     "attention D 128, fp32": lambda: attention(SINGLE, 128),
