@@ -120,7 +120,7 @@ def linear_cross_entropy(
             they are cast to its dtype).
         target: (…) int64, each `ignore_index` or in [0, V).
         workspace_bytes: at most this much memory holds logits at a time (but at least one row).
-            The reference holds them all.
+            The reference holds them all; Triton's kernel needs none where only the loss is wanted.
         The rest, the result and what is raised is as in `cross_entropy`. Argument names are torch
         2.13's.
     """

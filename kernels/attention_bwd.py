@@ -38,7 +38,9 @@ from .primitives import (
     LOG2E,
     Place,
     at_scores,
+    block_at,
     blocks_seen,
+    count_of,
     head_at,
     kept,
     load_lse,
@@ -106,19 +108,13 @@ def attn_bwd_dq_kernel(
         place.seqlen_k, window.left, window.right, BLOCK_N,
     )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if window.left is not None:
-        acc = add_dq(
-            acc, blocks.begin, blocks.inner_begin, True, q_tile, dout_tile, row_lse, row_delta,
-            at_k, k.seq, at_v, v.seq, dbias, rows, mods, place, window, BIAS_IS_SHARED,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
     acc = add_dq(
-        acc, blocks.inner_begin, blocks.inner_end, False, q_tile, dout_tile, row_lse, row_delta,
+        acc, blocks, False, q_tile, dout_tile, row_lse, row_delta,
         at_k, k.seq, at_v, v.seq, dbias, rows, mods, place, window, BIAS_IS_SHARED,
         HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
     acc = add_dq(
-        acc, blocks.inner_end, blocks.end, True, q_tile, dout_tile, row_lse, row_delta,
+        acc, blocks, True, q_tile, dout_tile, row_lse, row_delta,
         at_k, k.seq, at_v, v.seq, dbias, rows, mods, place, window, BIAS_IS_SHARED,
         HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
@@ -128,13 +124,15 @@ def attn_bwd_dq_kernel(
 
 @triton.jit
 def add_dq(
-    acc, begin, end, CHECK: tl.constexpr, q_tile, dout_tile, row_lse, row_delta,
+    acc, blocks, CHECK: tl.constexpr, q_tile, dout_tile, row_lse, row_delta,
     at_k, k_stride, at_v, v_stride, dbias, rows, mods, place, window,
     BIAS_IS_SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + dS · K of the keys from begin to end; writes their dbias."""
-    for first_key in tl.range(begin, end, BLOCK_N):
+    """acc + dS · K of the keys at the edges, which it checks, or of all others; writes their
+    dbias."""
+    for i in tl.range(0, count_of(blocks, window.left, CHECK, BLOCK_N)):
+        first_key = block_at(blocks, window.left, i, CHECK, BLOCK_N)
         keys = first_key + tl.arange(0, BLOCK_N)
         k_tile = load_rows(at_k, k_stride, keys, place.seqlen_k, HEAD_DIM, BLOCK_D, CHECK)
         v_tile = load_rows(at_v, v_stride, keys, place.seqlen_k, HEAD_DIM_V, BLOCK_DV, CHECK)
@@ -209,19 +207,13 @@ def attn_bwd_dkv_kernel(
         place = Place(
             batch, head, sequence.first_q, sequence.first_k, sequence.seqlen_q, sequence.seqlen_k
         )
-        if window.right is not None:
-            dk_acc, dv_acc = add_dkv(
-                dk_acc, dv_acc, blocks.begin, blocks.inner_begin, True, k_tile, v_tile,
-                q, dout, lse, delta, keys, first, mods, place, window,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-            )  # fmt: skip
         dk_acc, dv_acc = add_dkv(
-            dk_acc, dv_acc, blocks.inner_begin, blocks.inner_end, False, k_tile, v_tile,
+            dk_acc, dv_acc, blocks, False, k_tile, v_tile,
             q, dout, lse, delta, keys, first, mods, place, window,
             HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
         dk_acc, dv_acc = add_dkv(
-            dk_acc, dv_acc, blocks.inner_end, blocks.end, True, k_tile, v_tile,
+            dk_acc, dv_acc, blocks, True, k_tile, v_tile,
             q, dout, lse, delta, keys, first, mods, place, window,
             HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
@@ -233,16 +225,17 @@ def attn_bwd_dkv_kernel(
 
 @triton.jit
 def add_dkv(
-    dk_acc, dv_acc, begin, end, CHECK: tl.constexpr, k_tile, v_tile,
+    dk_acc, dv_acc, blocks, CHECK: tl.constexpr, k_tile, v_tile,
     q, dout, lse, delta, keys, first_key, mods, place, window,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(dk_acc + dSᵀ · Q, dv_acc + Pᵀ · dO) of the queries from begin to end of one head."""
+    """(dk_acc + dSᵀ · Q, dv_acc + Pᵀ · dO) of one head's queries at the edges, or of all others."""
     at_q = head_at(q, place.batch, place.first_q, place.head)
     at_dout = head_at(dout, place.batch, place.first_q, place.head)
     at_delta = head_at(delta, place.batch, place.first_q, place.head)
-    for first in tl.range(begin, end, BLOCK_M):
+    for i in tl.range(0, count_of(blocks, window.right, CHECK, BLOCK_M)):
+        first = block_at(blocks, window.right, i, CHECK, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
         q_tile = load_rows(at_q, q.seq, rows, place.seqlen_q, HEAD_DIM, BLOCK_D, CHECK)
         dout_tile = load_rows(at_dout, dout.seq, rows, place.seqlen_q, HEAD_DIM_V, BLOCK_DV, CHECK)

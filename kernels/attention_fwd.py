@@ -33,7 +33,9 @@ from .launch import Launch, launcher
 from .primitives import (
     add_key,
     add_sink,
+    block_at,
     blocks_seen,
+    count_of,
     head_at,
     is_spoiled,
     kept,
@@ -89,19 +91,13 @@ def attn_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    if window.left is not None:
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, blocks.begin, blocks.inner_begin, True,
-            q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
     acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, blocks.inner_begin, blocks.inner_end, False,
+        acc, row_max, row_sum, blocks, False,
         q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
         HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
     acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, blocks.inner_end, blocks.end, True,
+        acc, row_max, row_sum, blocks, True,
         q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
         HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
@@ -132,13 +128,15 @@ def attn_fwd_kernel(
 
 @triton.jit
 def attend(
-    acc, row_max, row_sum, begin, end, CHECK: tl.constexpr,
+    acc, row_max, row_sum, blocks, CHECK: tl.constexpr,
     q_tile, at_k, k_stride, at_v, v_stride, rows, mods, place, window,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys from begin to end to (Σ weights · V, row_max, row_sum)."""
-    for first_key in tl.range(begin, end, BLOCK_N):
+    """Adds the keys at the edges, which it checks, or all others to (Σ weights · V, row_max,
+    row_sum)."""
+    for i in tl.range(0, count_of(blocks, window.left, CHECK, BLOCK_N)):
+        first_key = block_at(blocks, window.left, i, CHECK, BLOCK_N)
         keys = first_key + tl.arange(0, BLOCK_N)
         k_tile = load_rows(at_k, k_stride, keys, place.seqlen_k, HEAD_DIM, BLOCK_D, CHECK)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -176,8 +174,7 @@ def attend_one_by_one(
 
 
 def _tile(p: AttentionProblem, *_: Tensor) -> Tile:
-    work = work_of(p.q, p.v.shape[-1], mods_of(p))
-    return configs.attention_fwd(work, lengths_of(p).q, left_edge=p.window_left >= 0)
+    return configs.attention_fwd(work_of(p.q, p.v.shape[-1], mods_of(p)), lengths_of(p).q)
 
 
 @launcher(_tile, tuned=True)

@@ -49,7 +49,8 @@ INTERPRETED = Tile(64, 64)
 # instructions, twice 64 take 874 (the tensor cores 1024 cycles of a warp's scheduler). Tensor
 # descriptors would take 571, and 36 registers less (SASS of triton 3.9): but made on the host they
 # cost Python more than the rest of a launch, made by the kernel an allocator that is the whole
-# process's. warp_specialize crashes the compiler on two loops over keys (3.9), or does nothing (3.6).
+# process's. warp_specialize crashes the compiler on two loops over keys (3.9), or does nothing
+# (3.6, of 8 warps).
 FWD: dict[int, Tiles] = {
     80: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     90: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)),
@@ -117,11 +118,8 @@ def _of(table: dict[int, Tiles], fp32: Tiles, work: Work) -> Tile:
     )
 
 
-def attention_fwd(work: Work, seqlen_q: int, left_edge: bool) -> Tile:
-    """A window's left edge is a third loop, and wants registers: no more than 64 keys then."""
+def attention_fwd(work: Work, seqlen_q: int) -> Tile:
     tile = _of(FWD, FP32_FWD, work)
-    if left_edge and tile.block_n > 64:
-        tile = tile._replace(block_n=64, stages=3)
     few = max(16, next_power_of_2(seqlen_q))
     return tile if few >= tile.block_m else tile._replace(block_m=few, warps=4)
 

@@ -156,7 +156,8 @@ def inside(place, window, rows, keys):
 
 
 class Blocks(NamedTuple):
-    """Where loops over blocks begin and end; those from inner_begin to inner_end need no check."""
+    """Where blocks begin and end; those from inner_begin to inner_end need no check. One loop goes
+    over them, and one over what is left and right of them, at the edges."""
 
     begin: Any
     inner_begin: Any
@@ -180,6 +181,30 @@ def blocks_seen(first, last, diagonal, seqlen, left, right, BLOCK: tl.constexpr)
     inner_begin = tl.minimum((inner_begin + BLOCK - 1) // BLOCK * BLOCK, end)
     inner_end = tl.maximum(inner_end // BLOCK * BLOCK, inner_begin)
     return Blocks(begin, inner_begin, inner_end, end)
+
+
+@triton.jit
+def count_of(blocks, left, EDGES: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks are at the edges, or between them; `left` as in blocks_seen."""
+    if not EDGES:
+        return (blocks.inner_end - blocks.inner_begin) // BLOCK
+    elif left is None:
+        return tl.cdiv(blocks.end - blocks.inner_end, BLOCK)
+    else:
+        left_edge = tl.cdiv(blocks.inner_begin - blocks.begin, BLOCK)
+        return left_edge + tl.cdiv(blocks.end - blocks.inner_end, BLOCK)
+
+
+@triton.jit
+def block_at(blocks, left, i, EDGES: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the i-th of them begins."""
+    if not EDGES:
+        return blocks.inner_begin + i * BLOCK
+    elif left is None:
+        return blocks.inner_end + i * BLOCK
+    else:
+        at = blocks.begin + i * BLOCK
+        return tl.where(at < blocks.inner_begin, at, at - blocks.inner_begin + blocks.inner_end)
 
 
 # --- scores ---------------------------------------------------------------------------------------
