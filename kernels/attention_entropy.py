@@ -13,6 +13,7 @@ from fastattn.problem import AttentionProblem
 
 from . import configs
 from .arguments import (
+    batch_of,
     heads_of,
     lengths_of,
     mods_of,
@@ -22,7 +23,8 @@ from .arguments import (
     window_of,
     work_of,
 )
-from .configs import cdiv
+from .configs import Tile, cdiv
+from .launch import Launch, launcher
 from .primitives import LOG2E, blocks_seen, head_at, load_lse, load_rows, place_of, scores_from
 
 
@@ -74,29 +76,38 @@ def attn_entropy_kernel(
     tl.store(at, total, mask=rows < place.seqlen_q)
 
 
+def _tile(p: AttentionProblem, *_: Tensor) -> Tile:
+    return configs.attention_fwd(work_of(p.q, p.q.shape[-1], mods_of(p)), lengths_of(p).q)
+
+
+@launcher(_tile, tuned=True)
+def _entropy(tile: Tile, p: AttentionProblem, lse: Tensor, entropy: Tensor) -> Launch:
+    lengths, (heads, head_dim) = lengths_of(p), p.q.shape[-2:]
+    m_blocks = cdiv(lengths.q, tile.block_m)
+    arguments = (
+        heads_of(p.q, p.packed),
+        heads_of(p.k, p.packed),
+        rows_of(lse, p.packed),
+        rows_of(entropy, p.packed),
+        lengths,
+        window_of(p),
+        mods_of(p),
+        heads,
+        m_blocks,
+    )
+    constants = {
+        "GROUP_SIZE": heads // p.k.shape[-2],
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": padded(head_dim),
+        "PRECISION": precision_of(p.q.dtype),
+    }
+    programs = m_blocks * heads * batch_of(p)
+    return Launch(attn_entropy_kernel, programs, arguments, constants, tile)
+
+
 def attn_entropy(p: AttentionProblem, lse: Tensor) -> Tensor:
     entropy = torch.empty_like(lse)
-    heads, head_dim = p.q.shape[-2:]
-    lengths, mods = lengths_of(p), mods_of(p)
-    tile = configs.attention_fwd(work_of(p.q, head_dim, mods), lengths.q)
-    m_blocks = cdiv(lengths.q, tile.block_m)
-    if programs := m_blocks * heads * p.scores_shape[0]:
-        attn_entropy_kernel[(programs,)](
-            heads_of(p.q, p.packed),
-            heads_of(p.k, p.packed),
-            rows_of(lse, p.packed),
-            rows_of(entropy, p.packed),
-            lengths,
-            window_of(p),
-            mods,
-            heads,
-            m_blocks,
-            GROUP_SIZE=heads // p.k.shape[-2],
-            HEAD_DIM=head_dim,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_D=padded(head_dim),
-            PRECISION=precision_of(p.q.dtype),
-            **tile.options,
-        )
+    _entropy(p, lse, entropy)
     return entropy

@@ -16,6 +16,7 @@ import triton
 from fastattn.kernels import (
     attention_bwd,
     attention_decode,
+    attention_entropy,
     attention_fwd,
     cross_entropy,
     interpreter,
@@ -29,6 +30,7 @@ MODULES = (
     attention_fwd,
     attention_bwd,
     attention_decode,
+    attention_entropy,
     kv_cache,
     cross_entropy,
     linear_cross_entropy,
