@@ -188,7 +188,7 @@ def test_trials_write_to_scratch_only(
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     tried = len(trials)
     grads = attn_bwd(p, out, lse, out, None, False)
-    assert len(trials) > tried and len(written) >= 4
+    assert len(trials) > tried and written
     assert not written & {t.data_ptr() for t in grads[:3] if t is not None}
     tried = len(trials)
     logits = torch.zeros(2, 50)
