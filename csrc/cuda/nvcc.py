@@ -55,20 +55,24 @@ def architectures(nvcc: str) -> list[int]:
 
 def targets(file: Path, archs: Iterable[int]) -> list[str]:
     """nvcc's -gencode options for a source. A name that ends in _sm75, _sm80 or _sm90 says what it
-    is for: sm_75 alone, sm_80 and all later ones, sm_90a alone."""
+    is for: sm_75 alone, sm_80 and all later ones, sm_90a alone. What is for none of `archs` must be
+    there to link, and is left as PTX, in half the time."""
     archs = sorted(archs)
-    if file.stem.endswith("_sm75"):
-        return [_gencode("75")]
-    if file.stem.endswith("_sm90"):
-        return [_gencode("90a")]
+    for suffix, arch, own in (("_sm75", 75, "75"), ("_sm90", 90, "90a")):
+        if file.stem.endswith(suffix):
+            return [_machine_code(own) if arch in archs else _ptx(own)]
     if file.stem.endswith("_sm80"):
-        archs = [arch for arch in archs if arch >= 80] or [80]
-    newest = f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"  # for GPUs yet to come
-    return [_gencode(str(arch)) for arch in archs] + [newest]
+        archs = [arch for arch in archs if arch >= 80]
+    newest = _ptx(str(archs[-1] if archs else 80))  # for GPUs yet to come
+    return [_machine_code(str(arch)) for arch in archs] + [newest]
 
 
-def _gencode(arch: str) -> str:
+def _machine_code(arch: str) -> str:
     return f"-gencode=arch=compute_{arch},code=sm_{arch}"
+
+
+def _ptx(arch: str) -> str:
+    return f"-gencode=arch=compute_{arch},code=compute_{arch}"
 
 
 def sources() -> list[Path]:
