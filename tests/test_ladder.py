@@ -7,6 +7,7 @@ from pathlib import Path
 
 import emulated
 import gates
+import pipe_cycles
 import planted
 import pytest
 import torch
@@ -70,6 +71,22 @@ def test_rungs_compile_without_spills(rung: Rung, tmp_path: Path) -> None:
     row = next(line for line in table.README.read_text().splitlines() if rung.stem in line)
     code = model.compiled(rung, table.HEAD_DIM, 90, tmp_path)
     assert f"| {code.shared / 1024:.0f} |" in row
+
+
+def test_the_hot_loop_is_that_of_the_products() -> None:
+    """Not a shorter one with multiply-adds of something else, nor one around it."""
+    lines = """
+        /*0000*/                   FFMA R1, R2, R3, R1 ;
+        /*0010*/               @P0 BRA 0x0 ;
+        /*0020*/                   MOV R4, RZ ;
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/                   MUFU.EX2 R5, R5 ;
+        /*0050*/               @P0 BRA 0x30 ;
+        /*0060*/               @P1 BRA 0x20 ;
+    """
+    code = [i for line in lines.splitlines() if (i := pipe_cycles.parse(line)) is not None]
+    assert model.mix(code) == (1, 3)
+    assert model.mix(code[:2]) == (1, 2)
 
 
 def test_the_bound_is_the_slowest_unit() -> None:

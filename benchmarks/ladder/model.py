@@ -63,16 +63,16 @@ def compiled(rung: Rung, head_dim: int, arch: int = 90, folder: Path | None = No
     return Compiled(kernel.registers, shared, kernel.spills, *mix(code))
 
 
-def products(code: list[Instruction]) -> int:
-    """Of tensor cores; where there are none, multiply-adds in fp32."""
-    count = sum(i.opcode.startswith(("HMMA", "HGMMA")) for i in code)
-    return count or sum(i.opcode.startswith("FFMA") for i in code)
-
-
 def mix(code: list[Instruction]) -> tuple[int, int]:
-    """Products and instructions of the hot loop: the smallest with a third of the kernel's."""
-    enough = products(code) / 3
-    loops = [loop for loop in pipe_cycles.loops(code) if products(loop) >= enough]
+    """Products and instructions of the hot loop: the smallest with a third of the kernel's products.
+    Products are the tensor cores', or where there are none multiply-adds in fp32."""
+    tensor_cores = ("HMMA", "HGMMA")
+    uses_them = any(i.opcode.startswith(tensor_cores) for i in code)
+
+    def products(instructions: list[Instruction]) -> int:
+        return sum(i.opcode.startswith(tensor_cores if uses_them else "FFMA") for i in instructions)
+
+    loops = [loop for loop in pipe_cycles.loops(code) if 3 * products(loop) >= products(code)]
     hot = min(loops, key=len, default=code)
     return products(hot), len(hot)
 
