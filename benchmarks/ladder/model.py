@@ -64,8 +64,10 @@ def compiled(rung: Rung, head_dim: int, arch: int = 90, folder: Path | None = No
 
 
 def mix(code: list[Instruction]) -> tuple[int, int]:
-    """Products and instructions of the hot loop: the smallest with a third of all products, which are
-    the tensor cores', or where a kernel has none multiply-adds in fp32."""
+    """Products and instructions of the hot loop: the smallest with a third of all products.
+
+    Those are the tensor cores', or where a kernel has none multiply-adds in fp32.
+    """
     tensor_cores = ("HMMA", "HGMMA")
     uses_them = any(i.opcode.startswith(tensor_cores) for i in code)
 
