@@ -90,8 +90,8 @@ HOPPER = {
 HOT_PATH = {
     "attn_bwd_dkv_kernel<64, 0, 0>": {"sm_75": 1024, "sm_80": 664},  # tensor, shared
     "attn_bwd_dkv_kernel<64, 1, 0>": {"sm_75": 1024, "sm_80": 664},  # tensor, shared
-    "attn_bwd_dkv_kernel<128, 0, 0>": {"sm_75": 1024, "sm_80": 888},  # tensor, shared
-    "attn_bwd_dkv_kernel<128, 1, 0>": {"sm_75": 1024, "sm_80": 888},  # tensor, shared
+    "attn_bwd_dkv_kernel<128, 0, 0>": {"sm_75": 1024, "sm_80": 1496},  # tensor, shared
+    "attn_bwd_dkv_kernel<128, 1, 0>": {"sm_75": 1024, "sm_80": 1496},  # tensor, shared
     "attn_bwd_dkv_kernel<256, 0, 1>": {"sm_75": 1568, "sm_80": 1592},  # shared, shared
     "attn_bwd_dkv_kernel<256, 0, 2>": {"sm_75": 1040, "sm_80": 1064},  # shared, shared
     "attn_bwd_dkv_kernel<256, 1, 1>": {"sm_75": 1568, "sm_80": 1592},  # shared, shared

@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
     attn_bwd_dkv_kernel(const __grid_constant__ AttnBwdLaunch launch) {
   using T = typename Math::T;
   using Size = BwdTile<Math, kHeadDim>;
-  constexpr int kBlockM = Size::kBlockM, kBlockN = Size::kBlockN, kThreads = Size::kThreads;
-  constexpr int kN = kBlockN / 8, kD = kHeadDim / 8;
+  constexpr int kBlockM = Size::kBlockM, kBlockQ = Size::kBlockQ, kThreads = Size::kThreads;
+  constexpr int kN = kBlockQ / 8, kD = kHeadDim / 8;
   const AttnBwdParams& b = launch.params;
   const AttnFwdParams& p = b.fwd;
   const KeyBlock block(p, launch.order, kBlockM);
@@ -197,9 +197,9 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
   const auto sV = Math::template tile<kHeadDim>(shared + kBlockM * Size::kRowBytes);
   const auto sQ = Math::template tile<kHeadDim>(shared + 2 * kBlockM * Size::kRowBytes);
   const auto sDO =
-      Math::template tile<kHeadDim>(shared + (2 * kBlockM + kBlockN) * Size::kRowBytes);
+      Math::template tile<kHeadDim>(shared + (2 * kBlockM + kBlockQ) * Size::kRowBytes);
   float* sStats =  // lse of the queries, then delta
-      reinterpret_cast<float*>(shared + 2 * (kBlockM + kBlockN) * Size::kRowBytes);
+      reinterpret_cast<float*>(shared + 2 * (kBlockM + kBlockQ) * Size::kRowBytes);
   const TileSource<T> gK{head_at<const T>(p.k, p.k_stride, s.batch, block.k_row, block.head),
                          p.k_stride.seq, head_dim, launch.aligned};
   const TileSource<T> gV{head_at<const T>(p.v, p.v_stride, s.batch, block.k_row, block.head),
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
   clear(dv);
   constexpr bool kHeld = Math::kHolds && kHeadDim <= 64;
   typename Math::template Operand<kHeadDim, kHeld> own_k{sK, warp_row}, own_v{sV, warp_row};
-  const int query_begin = block.query_begin / kBlockN * kBlockN;
+  const int query_begin = block.query_begin / kBlockQ * kBlockQ;
   int heads_left = query_begin < block.query_end ? launch.order.group_size : 0;
   if (heads_left > 0) {
     Math::template copy<kBlockM, kThreads>(sK, gK, 0, block.keys);
@@ -231,30 +231,30 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
     const TileSource<T> gDO{head_at<const T>(b.dout, b.dout_stride, s.batch, s.q_row, head),
                             b.dout_stride.seq, head_dim_v, launch.aligned};
     __syncthreads();  // nobody reads the Q and dO before
-    Math::template copy<kBlockN, kThreads>(sQ, gQ, query, seqlen_q);
-    Math::template copy<kBlockN, kThreads>(sDO, gDO, query, seqlen_q);
-    if (threadIdx.x < kBlockN) {
+    Math::template copy<kBlockQ, kThreads>(sQ, gQ, query, seqlen_q);
+    Math::template copy<kBlockQ, kThreads>(sDO, gDO, query, seqlen_q);
+    if (threadIdx.x < kBlockQ) {
       const int64_t head_row = (int64_t{block.batch} * p.heads_q + head) * p.seqlen_q;
       const float2 stats = stats_at(launch.lse + head_row, launch.delta + head_row,
                                     query + static_cast<int>(threadIdx.x), seqlen_q);
       sStats[threadIdx.x] = stats.x;
-      sStats[kBlockN + threadIdx.x] = stats.y;
+      sStats[kBlockQ + threadIdx.x] = stats.y;
     }
     Math::finish_copies();
     __syncthreads();
     float weights[1][kN][4], dweights[1][kN][4];
     Math::rows(weights, own_k, sQ);
     Math::rows(dweights, own_v, sDO);
-    const bool inside = seen_by.shows({warp_key, warp_key + 16}, {query, query + kBlockN});
+    const bool inside = seen_by.shows({warp_key, warp_key + 16}, {query, query + kBlockQ});
     const Position at = thread_position(warp_key, query);
     const Gradients<T, Rows::kKeys, false, kScores> gradients(b, s, block.window, head);
     gradients.apply(weights, dweights, seen_by, inside, at, [&](int n, int, int e) {
       const int i = at.column - query + 8 * n + e;
-      return make_float2(sStats[i], sStats[kBlockN + i]);
+      return make_float2(sStats[i], sStats[kBlockQ + i]);
     });
     if constexpr (kPart != Part::kDK) Math::add(dv, weights, sDO);
     if constexpr (kPart != Part::kDV) Math::add(dk, dweights, sQ);
-    query += kBlockN;
+    query += kBlockQ;
     if (query >= block.query_end) {
       query = query_begin;
       head++;

@@ -140,16 +140,15 @@ struct MultiplyAdd {
 // What an A100's pipes need for a block that passes by, in cycles of one of an SM's four quarters,
 // as tests/pipe_cycles.py counts them; a model, not a measurement:
 //
-//   kernel  D    products  shared memory, L1  the latter if nothing were held
-//   dQ      64        384                472                              600
-//   dQ      128       384                472                              728
-//   dK, dV  64        512                664                              792
-//   dK, dV  128       512                888
-//   dQ      256       768               1560
+//   kernel  D    rows passing by  products  shared memory, L1
+//   dQ      64                32       384                472  600 if Q and dO were not held
+//   dQ      128               16       384                472  728
+//   dK, dV  64                32       512                664  792 if K and V were not held
+//   dK, dV  128               32      1024               1496  1776 for twice 16
+//   dQ      256               16       768               1560
 //
 // Shared memory is the limit: a warp has 16 rows, so that a fragment of what passes by feeds one
-// product. Operands that stay are held in registers as far as there are any. A T4 is limited by its
-// products, by 4 % to 35 %, or up to 2 % by shared memory where D is 256.
+// product. A T4's products take twice as long: they are its limit, but for 2 % where D is 256.
 //
 // kBlockM rows stay, kBlockN pass by; two tiles of each or more, in at most 64 KB.
 template <class Math, int kHeadDim>
@@ -159,14 +158,17 @@ struct BwdTile {
                                        : (kHeadDim <= 64    ? 64
                                           : kHeadDim <= 128 ? 32
                                                             : 16);
-  // dK and dV of 128 with scores of 32 would be over 255 registers; likewise in fp32 with 64.
+  // With 32 at head dim 128 sm_75 would be over 255 registers, as fp32 with 64, and dQ's two stages
+  // would leave sm_86 one block of threads.
   static constexpr int kBlockN = kHalf || kHeadDim <= 128 ? (kHalf && kHeadDim <= 64 ? 32 : 16) : 8;
+  // dK and dV have one: with twice as many rows, what stays is read half as often.
+  static constexpr int kBlockQ = Math::kHolds && kHeadDim == 128 ? 32 : kBlockN;
   static constexpr int kThreads = 2 * kBlockM;  // a warp for 16 rows
   static constexpr int kRowBytes = Math::template row_bytes<kHeadDim>();
   // Of K and V for dQ: 2 where one is copied while the other is computed with.
   static constexpr int kKeyStages = Math::kHolds && kHeadDim <= 128 ? 2 : 1;
   static constexpr int kDQBytes = 2 * (kBlockM + kKeyStages * kBlockN) * kRowBytes;
-  static constexpr int kDKVBytes = 2 * (kBlockM + kBlockN) * kRowBytes + 2 * 4 * kBlockN;
+  static constexpr int kDKVBytes = 2 * (kBlockM + kBlockQ) * kRowBytes + 2 * 4 * kBlockQ;
 };
 
 }  // namespace fastattn::cuda
