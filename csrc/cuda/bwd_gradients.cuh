@@ -27,8 +27,7 @@ class Gradients {
 
   // From raw products and dP, with lse and delta of element (m, n, half, e)'s query as
   // stats(n, half, e): `weights` become P after dropout, `dweights` dS before scale. What is hidden
-  // gets 0 in both, whatever it holds. `inside`: nothing is outside the window. By a whole
-  // warp.
+  // gets 0 in both, whatever it holds. `inside`: nothing is outside the window. By a whole warp.
   template <int kN, class Stats>
   FASTATTN_DEVICE void apply(float (&weights)[1][kN][4], float (&dweights)[1][kN][4],
                              const KernelWindow& window, bool inside, Position at,
