@@ -83,7 +83,7 @@ def attention(
     """
     options = (causal, window, scale, softcap, mask, bias, alibi_slopes, sinks, dropout_p)
     if isinstance(q, Tensor) and q.is_nested:
-        p = packed_problem(*nested.pack(q, k, v), *options)
+        p = packed_problem(*nested.pack(q, k, v, mask, bias), *options)
         out, lse = run(p, deterministic, backend)
         out = nested.like(out, q)
     else:

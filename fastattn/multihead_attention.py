@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import validate
 from .attention import dense_problem, run, with_seed
-from .weights import dropped_weights, weights_of
+from .weights import dropped_weights, whole_weights
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -108,9 +108,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         out = out if batched else out.squeeze(0)
         if not need_weights:
             return out, None
-        weights = weights_of(p, lse)
-        # Whole rows: dividing by the sum takes out what rounding lse cost. It is 0 without keys.
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        weights = whole_weights(p, lse)
         weights = dropped_weights(p, weights).to(out.dtype)
         weights = weights.mean(1) if average_attn_weights else weights
         return out, weights if batched else weights.squeeze(0)
@@ -138,7 +136,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """(…, E) as (N, S, H, D), a view."""
         t = t if batched else t.unsqueeze(0)
         t = t if batch_first else t.transpose(0, 1)
-        return t.unflatten(-1, (self.num_heads, self.head_dim))
+        return t.view(*t.shape[:2], self.num_heads, self.head_dim)
 
     def _extra_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """k and v with bias_k and bias_v, and zeros, appended; and how many."""

@@ -10,11 +10,14 @@ from torch import Tensor
 from . import validate
 
 
-def pack(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+def pack(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> tuple[Any, ...]:
     """`attention_varlen`'s arguments up to max_seqlen_k, sharing the nested tensors' memory.
 
     The longest lengths are what the nested tensors know, who may wait for the device to learn them,
-    once; in compiled code, which can't wait, the numbers of all tokens.
+    once; in compiled code, which can't wait, those that mask or bias are made for (the operator
+    holds the real ones to them), or the numbers of all tokens.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not validate.tensor(name, t).is_nested or t.layout != torch.jagged:
@@ -37,9 +40,20 @@ def pack(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
     offsets = (t.offsets().to(torch.int32) for t in (q, k))  # type: ignore[attr-defined]
     values = tuple(t.values() for t in (q, k, v))
     if torch.compiler.is_compiling():
-        return *values, *offsets, values[0].shape[0], values[1].shape[0]
+        bounds = (
+            _bound(t.shape[0], dim, mask, bias) for t, dim in zip(values, (-2, -1), strict=False)
+        )
+        return *values, *offsets, *bounds
     longest = (t._get_max_seqlen() for t in (q, k))  # type: ignore[attr-defined]
     return *values, *offsets, *longest
+
+
+def _bound(tokens: int, dim: int, *scores: Tensor | None) -> int:
+    """The length that one of `scores`, which broadcast to (B, H_q, S_q, S_k), has along `dim`."""
+    for t in scores:
+        if isinstance(t, Tensor) and t.dim() >= -dim and t.shape[dim] != 1:
+            return t.shape[dim]
+    return tokens
 
 
 def like(out: Tensor, q: Tensor) -> Tensor:

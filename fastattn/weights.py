@@ -159,11 +159,28 @@ def weights_of(
 ) -> Tensor:
     """The block of a dense problem's undropped weights, (B, heads, rows, keys)."""
     p, lse = _of_heads(p, lse, heads)
+    row = _indices("rows", rows, p.q.shape[1], p.q.device)
+    s = _scores(p, row, _indices("keys", keys, p.k.shape[1], p.q.device))
+    lse = _take(lse, 2, row)[..., None]
+    return torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0))  # −inf − (−inf) would be NaN
+
+
+def whole_weights(p: AttentionProblem, lse: Tensor) -> Tensor:
+    """All of a dense problem's undropped weights, which add up to 1: free of lse's rounding."""
+    s = _scores(p, None, None)
+    if p.mask is None and p.bias is None and p.window_left < 0 and p.window_right < 0:
+        return torch.softmax(s, -1)
+    empty = (lse == -torch.inf)[..., None]  # such a row's softmax would be NaN
+    return torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+
+
+def _scores(p: AttentionProblem, row: Tensor | None, key: Tensor | None) -> Tensor:
+    """Of these queries and keys, or all: (B, H_q, rows, keys), −inf where hidden."""
     (_, seqlen_q, heads_q, _), (_, seqlen_k, heads_k, _) = p.q.shape, p.k.shape
-    row = _indices("rows", rows, seqlen_q, p.q.device)
-    key = _indices("keys", keys, seqlen_k, p.q.device)
-    mask, bias = (_cut(_cut(t, 2, row), 3, key) for t in (p.mask, p.bias))
-    block = p._replace(mask=mask, bias=bias)
+    block = p
+    if row is not None or key is not None:
+        mask, bias = (_cut(_cut(t, 2, row), 3, key) for t in (p.mask, p.bias))
+        block = p._replace(mask=mask, bias=bias)
     distance = None
     if p.alibi_slopes is not None or p.window_left >= 0 or p.window_right >= 0:
         position = _every(seqlen_q, row, p.q.device)[:, None] + seqlen_k - seqlen_q
@@ -174,10 +191,8 @@ def weights_of(
     if heads_q != heads_k:
         k = k.repeat_interleave(heads_q // heads_k, dim=1)
     s, _ = reference.shaped_scores(block, p.scale * (q @ k.mT), distance)
-    if (visible := reference.visible_keys(block, distance)) is not None:
-        s = s.masked_fill(~visible, -torch.inf)
-    lse = _take(lse, 2, row)[..., None]
-    return torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0))  # −inf − (−inf) would be NaN
+    visible = reference.visible_keys(block, distance)
+    return s if visible is None else s.masked_fill(~visible, -torch.inf)
 
 
 def dropped_weights(p: AttentionProblem, weights: Tensor, first_batch: int = 0) -> Tensor:

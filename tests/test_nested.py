@@ -62,12 +62,15 @@ def test_goes_on_as_a_nested_tensor() -> None:
 @pytest.mark.skipif(
     torch.__version__.startswith("2.11."), reason="its graphs of jagged layouts detach numbers"
 )
-def test_compiles_whole() -> None:
+@pytest.mark.parametrize("given", ["", "mask", "bias"])
+def test_compiles_whole(given: str) -> None:
     torch._dynamo.reset()
     values, (q, k, v) = jagged()
+    scores = torch.randn(4, 1, 5, 6)
+    options = {"mask": scores > 0} if given == "mask" else {"bias": scores} if given else {}
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fastattn.attention(q, k, v, causal=True)
+        return fastattn.attention(q, k, v, causal=True, **options)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
@@ -75,6 +78,11 @@ def test_compiles_whole() -> None:
         out = run(q, k, v).values()
         results.append((out, *torch.autograd.grad(out.square().sum(), values)))
     torch.testing.assert_close(*results)
+    if given:  # too small for the sequences: the operator says so, which sees the lengths
+        options = {name: x[..., :4] for name, x in options.items()}
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="max_seqlen_k is 4 but the longest sequence has 6"):
+            compiled(q, k, v)
 
 
 def test_refusals() -> None:

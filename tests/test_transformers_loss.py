@@ -14,7 +14,7 @@ from fastattn.integrations.transformers import patch_loss, unpatch_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MODELS = ["gpt2", "llama", "llama-tied", "phi", "mistral", "gemma2", "gpt_oss"]
+MODELS = ["gpt2", "llama", "llama-tied", "phi", "mistral", "gemma2", "gpt_oss", "granite", "cohere"]
 
 
 def batch():
@@ -168,14 +168,55 @@ def test_models_it_can_not_take(name, reason):
         patch_loss(model)
 
 
+class Shifted(transformers.LlamaForCausalLM):
+    """Does what isn't scaling to its logits."""
+
+    def forward(self, input_ids, labels=None, return_dict=True, **_):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state) / 2 + 1
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
 def test_what_is_done_to_logits_is_noticed():
-    model, inputs = make("granite"), batch()
+    model, inputs = make("llama"), batch()
+    model.__class__, model.config.logits_scaling = Shifted, 2.0
     want = model(**inputs).loss
     patch_loss(model)
-    with pytest.raises(RuntimeError, match=r"GraniteForCausalLM.*something to its logits"):
+    with pytest.raises(RuntimeError, match=r"Shifted.*something to its logits"):
         model.train()(**inputs)
     patch_loss(model, logits=True)
     torch.testing.assert_close(model(**inputs).loss, want)
+
+
+def test_a_scaled_head_with_a_bias():
+    """No model of transformers has both. The bias is scaled too."""
+
+    class Scaled(transformers.PhiForCausalLM):
+        def forward(self, input_ids, labels=None, return_dict=True, **_):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state) / 2
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY)
+            return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    model, inputs = make("phi"), batch()
+    model.__class__, model.config.logits_scaling = Scaled, 2.0
+    torch.nn.init.normal_(model.lm_head.bias)
+    _, want = trained(model, **inputs)
+    patch_loss(model)
+    output, got = trained(model, **inputs)
+    assert output.logits is None
+    assert_same(got, want)
+
+
+def test_a_loss_that_is_set_afterwards_is_what_runs():
+    """With the logits that it takes, in the user's hands from then on."""
+    model, inputs = make("llama").train(), batch()
+    patch_loss(model)
+    model.loss_function = lambda logits, labels, **_: logits.square().mean()
+    output = model(**inputs)
+    torch.testing.assert_close(output.loss, output.logits.square().mean())
+    unpatch_loss(model)
+    assert type(model) is transformers.LlamaForCausalLM
+    torch.testing.assert_close(model(**inputs).loss, output.loss)
 
 
 def test_heads_and_hooks():

@@ -66,6 +66,7 @@ _MODELS = {
     "gemma2": ("Gemma2Config", {**_WINDOWED, "query_pre_attn_scalar": 8}, "Gemma2ForCausalLM"),
     "gpt_oss": ("GptOssConfig", {**_WINDOWED, **_EXPERTS}, "GptOssForCausalLM"),
     "granite": ("GraniteConfig", {**_LLAMA, "logits_scaling": 2.0}, "GraniteForCausalLM"),
+    "cohere": ("CohereConfig", {**_LLAMA, "logit_scale": 0.25}, "CohereForCausalLM"),
     "llama4": (  # chunks instead of windows
         "Llama4TextConfig",
         {

@@ -4,7 +4,9 @@ transformers' forward calls the head, then `self.loss_function` on the logits. I
 when only the loss is wanted, the head hands on the hidden states as they are and the loss function
 multiplies them by the head's weight, chunk by chunk. All else in between, such as auxiliary losses
 of experts, is the model's own code. That nothing was done to the logits on their way is checked
-each time: the loss must be given the very tensor that the head was.
+each time: the loss must be given the very tensor that the head was. Or that tensor scaled by a
+number of the configuration: the model then scales the hidden states in place of the logits, which
+gives the same logits, and the same gradients.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -22,6 +26,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ... import cross_entropy, linear_cross_entropy
 
 _SOFTCAP = "final_logit_softcapping"  # in the configurations of Gemma 2 and those after it
+# What forward does to its logits with a number of the configuration: Granite's, Cohere's.
+_SCALINGS = {"logits_scaling": operator.truediv, "logit_scale": operator.mul}
 
 
 def patch_loss(
@@ -40,9 +46,9 @@ def patch_loss(
 
     Args:
         model: its head is a plain Linear, with or without bias, tied or not; its loss is
-            transformers' for causal language models; it may softcap its logits, and changes them in
-            no other way. `ignore_index`, `shift_labels` and `num_items_in_batch`, which Trainer
-            gives for gradient accumulation, work as before.
+            transformers' for causal language models; it may scale or softcap its logits, and
+            changes them in no other way. `ignore_index`, `shift_labels` and `num_items_in_batch`,
+            which Trainer gives for gradient accumulation, work as before.
         label_smoothing, z_loss, backend: as in `linear_cross_entropy`. (Trainer's own
             label_smoothing_factor keeps the labels from the model, hence takes whole logits.)
         logits: whether they are wanted along with the loss. None: in evaluation, for metrics, but
@@ -72,9 +78,11 @@ def unpatch_loss(model: PreTrainedModel) -> None:
     """Undoes `patch_loss`. A model that isn't patched stays as it is."""
     if (original := getattr(type(model), "_fastattn_unpatched", None)) is None:
         return
-    head = model._loss_function.head
+    head = model.get_output_embeddings()
     head.__class__ = nn.Linear
-    del head.skipped, head.given, model._loss_function
+    del head.skipped, head.given
+    if isinstance(model._loss_function, _Loss):
+        del model._loss_function
     model.__class__ = original
 
 
@@ -110,7 +118,9 @@ class _Loss:
 
     def __init__(self, name: str, head: _Head, options: dict[str, Any], logits: bool | None):
         self.name, self.head, self.options, self.logits = name, head, options, logits
-        self.softcap = 0.0  # of the head that is skipped
+        self.config: Any = None  # of the model whose head is skipped
+        self.softcap = 0.0
+        self.scaling: str | None = None  # of _SCALINGS, once it has been seen to be what is done
         self.called = False
 
     def __call__(
@@ -131,18 +141,36 @@ class _Loss:
         target = shift_labels.to(logits.device)
         if not self.head.skipped:
             loss = cross_entropy(logits, target, **options)
-        elif logits is not self.head.given:
-            raise RuntimeError(
-                f"patch_loss can't take {self.name}: it does something to its logits between head"
-                f" and loss that isn't {_SOFTCAP}; unpatch_loss(model), or logits=True"
-            )
         else:
-            weight, bias = self.head.weight, self.head.bias
+            weight = self.head.weight
+            bias: Tensor | None = self.head.bias
+            if logits is not self.head.given:
+                bias = self._scaled_bias(logits)
             options["softcap"] = self.softcap
             loss = linear_cross_entropy(logits, weight, target, linear_bias=bias, **options)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    def _scaled_bias(self, hidden: Tensor) -> Tensor | None:
+        """The head's bias, if it has one, scaled as the hidden states have been.
+
+        That they have been scaled and nothing else is looked at once: it waits for the device.
+        """
+        given = self.head.given
+        if self.scaling is None and self.softcap == 0:
+            for name, scale in _SCALINGS.items():
+                number = getattr(self.config, name, None)
+                if number is not None and torch.equal(hidden, scale(given, number)):
+                    self.scaling = name
+        if self.scaling is None:
+            raise RuntimeError(
+                f"patch_loss can't take {self.name}: it does something to its logits between head"
+                f" and loss that is neither {_SOFTCAP} nor {' nor '.join(_SCALINGS)};"
+                " unpatch_loss(model), or logits=True"
+            )
+        scale, number = _SCALINGS[self.scaling], getattr(self.config, self.scaling)
+        return None if self.head.bias is None else scale(self.head.bias, number)
 
     @contextlib.contextmanager
     def without_logits(self, config: Any) -> Iterator[None]:
@@ -151,6 +179,7 @@ class _Loss:
         if softcap is not None:
             object.__setattr__(config, _SOFTCAP, None)  # past validation: Gemma 3n wants a float
         self.softcap, self.head.skipped, self.called = softcap or 0.0, True, False
+        self.config = config
         try:
             yield
         finally:
@@ -178,7 +207,9 @@ def _patched(cls: Any) -> Any:
 
 
 def _forward(model: PreTrainedModel, forward: Callable, kwargs: dict[str, Any]) -> Any:
-    loss: _Loss = model._loss_function
+    loss = model._loss_function
+    if not isinstance(loss, _Loss):  # somebody has set another since: it gets what it would have
+        return forward(**kwargs)
     wanted = not model.training if loss.logits is None else loss.logits
     if kwargs.get("labels") is None or wanted:
         return forward(**kwargs)
