@@ -205,24 +205,37 @@ def test_hidden_values_reach_nobody(case: Case, row: int, where: str, value: flo
 @pytest.mark.parametrize("value", hidden_values.VALUES, ids=str)
 @pytest.mark.parametrize("where", ["k_cache", "v_cache"])
 @pytest.mark.parametrize(
-    "case",
+    "case, position, seen",
     [
-        DecodeCase("causal", (100, 90), 5, capacity=110, window=(-1, 0)),
-        DecodeCase("splits", (100, 90), 5, capacity=110, window=(-1, 0), num_splits=2, sinks=True),
-        DecodeCase("paged", (100, 90), 3, capacity=112, page_size=16, window=(20, 0), alibi="h"),
-        DecodeCase("window", (100, 90), 1, capacity=110, window=(20, 0)),
+        (DecodeCase("causal", (100, 90), 5, capacity=110, window=(-1, 0)), 98, 2),
+        (
+            DecodeCase(
+                "splits", (100, 90), 5, capacity=110, window=(-1, 0), num_splits=2, sinks=True
+            ),
+            98,
+            2,
+        ),
+        (
+            DecodeCase(
+                "paged", (100, 90), 3, capacity=112, page_size=16, window=(20, 0), alibi="h"
+            ),
+            77,
+            1,
+        ),
+        (DecodeCase("window", (100, 90), 1, capacity=110, window=(20, 0)), 77, 0),
     ],
     ids=str,
 )
-def test_hidden_values_reach_nobody_in_decoding(case: DecodeCase, where: str, value: float) -> None:
-    """One key of the last but one query, and one behind the window's left end."""
+def test_hidden_values_reach_nobody_in_decoding(
+    case: DecodeCase, position: int, seen: int, where: str, value: float
+) -> None:
+    """Those of a key of the first sequence, which `seen` of its queries see."""
     p = make_decode_problem(case, torch.float16)
     bad = getattr(p, where).clone()
-    for position in (98, 77):  # of the first sequence
-        row, at = 0, position
-        if p.block_table is not None:
-            row, at = int(p.block_table[0, position // 16]), position % 16
-        bad[row, at, 0, 3] = value
+    row, at = 0, position
+    if p.block_table is not None:
+        row, at = int(p.block_table[0, position // 16]), position % 16
+    bad[row, at, 0, 3] = value
     p = p._replace(**{where: bad})
     out, lse = public.decode(p, backend="triton")
     out64, lse64 = reference.attention_decode(to_float64(p))
@@ -230,7 +243,7 @@ def test_hidden_values_reach_nobody_in_decoding(case: DecodeCase, where: str, va
         assert torch.equal(ours.isnan(), exact.isnan())
         assert torch.equal(ours.isinf(), exact.isinf())
     there = out64.isfinite()
-    assert there.any() and (~there).any()
+    assert (~there[0]).any(-1).any(-1).sum() == seen
     torch.testing.assert_close(out.double()[there], out64[there], rtol=2e-3, atol=2e-3)
 
 
