@@ -21,7 +21,7 @@ from fastattn.problem import DecodeProblem
 from fastattn.rotary import rotate_queries
 
 from . import configs
-from .arguments import constants_of, heads_of, mods_of, padded, rows_of, window_of, work_of
+from .arguments import constants_of, heads_of, mods_of, padded, rows_of, window_of
 from .configs import Tile, cdiv, next_power_of_2
 from .kv_cache import cache_append, cache_of, cache_offsets
 from .launch import Launch, launcher
@@ -230,10 +230,10 @@ def attn_decode_combine_kernel(
 
 
 def _tile(p: DecodeProblem, *_: Any) -> Tile:
-    seqlen_q, heads = p.q.shape[1:3]
+    seqlen_q, heads, head_dim = p.q.shape[1:]
     heads_k, head_dim_v = p.v_cache.shape[-2:]
-    work = work_of(p.q, head_dim_v, mods_of(p))
-    return configs.attention_decode(work, seqlen_q * (heads // heads_k))
+    block_d = padded(max(head_dim, head_dim_v))
+    return configs.attention_decode(p.q.dtype, block_d, seqlen_q * (heads // heads_k))
 
 
 @launcher(_tile, tuned=True)

@@ -133,14 +133,14 @@ def attention_bwd_dkv(work: Work) -> Tile:
     return _of(BWD_DKV, FP32_BWD_DKV, work)
 
 
-def attention_decode(work: Work, rows: int) -> Tile:
+def attention_decode(dtype: torch.dtype, block_d: int, rows: int) -> Tile:
     """Keys enough in flight for memory's latency: stages are tiles of K and V being loaded."""
     block_m = min(max(16, next_power_of_2(rows)), 64)
     if arch() == 0:
         return Tile(block_m, 64)
-    if work.dtype == torch.float32:
+    if dtype == torch.float32:
         return Tile(block_m, 32, 8, 1)
-    wide = work.block_d > 128
+    wide = block_d > 128
     return Tile(block_m, 32 if wide else 64, 4, 2 if wide else 3)
 
 
