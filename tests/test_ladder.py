@@ -57,6 +57,27 @@ def test_every_barrier_wait_and_fence_is_needed(rung: Rung) -> None:
     assert missed == turns
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_banks_conflict_where_it_is_said(head_dim: int) -> None:
+    """And the model counts the turns of shared memory as the emulator does: of 64 × 64 scores, 1024
+    of each of four warps. Q's fragments, which rung 5 loads once, are not in it."""
+    code = model.Compiled(registers=0, shared=0, spills=0, products=1, instructions=1)
+    for rung, loads, turns, once in (
+        (RUNGS[3], "load", {4, 8}, 0),
+        (RUNGS[4], "ldmatrix", {4}, head_dim // 16 * 4),
+    ):
+        library = emulation.library(rung)
+        library.set_options("banks=1,races=0")
+        library.bank_conflicts()
+        emulation.run(rung, head_dim, seqlen=64, heads=1)
+        library.set_options()
+        found = [access for access in library.bank_conflicts() if access.instruction == loads]
+        assert {access.wavefronts / access.accesses for access in found} == turns
+        assert any(access.conflicts for access in found) == (rung == RUNGS[3])
+        cycles = model.MODELS[rung.stem](head_dim, code)["shared memory"]
+        assert sum(access.wavefronts for access in found) / 4 == cycles + once
+
+
 # --- what nvcc makes of them ----------------------------------------------------------------------
 
 
