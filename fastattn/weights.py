@@ -104,7 +104,8 @@ def attention_entropy(
     """
     options = (causal, window, scale, softcap, mask, bias, alibi_slopes, sinks)
     p, lse = _of_heads(*_problem(q, k, lse, options), heads)
-    if rows is None and not wants_gradient(p.q, p.k, p.bias, lse) and not transformed():
+    plain = rows is None and not wants_gradient(p.q, p.k, p.bias, lse) and not transformed()
+    if plain and lse.numel():  # kernels divide by the number of heads
         return torch.ops.fastattn.attn_entropy(*p, lse.contiguous(), backends.requested(backend))
     batch, seqlen_q, heads_q, _ = p.q.shape
     every = _every(seqlen_q, _indices("rows", rows, seqlen_q, p.q.device), p.q.device)

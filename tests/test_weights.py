@@ -153,6 +153,7 @@ def test_entropy_of_some_rows_and_heads() -> None:
     some = fastattn.attention_entropy(p.q, p.k, lse, heads=[3, 0], **options)
     torch.testing.assert_close(some.double(), expected[:, [3, 0]], rtol=1e-5, atol=1e-5)
     assert fastattn.attention_entropy(p.q, p.k, lse, rows=[], **options).shape[-1] == 0
+    assert fastattn.attention_entropy(p.q, p.k, lse, heads=[], **options).shape == (2, 0, 9)
 
 
 def test_gradient_of_entropy() -> None:
