@@ -50,7 +50,7 @@ sanitize: setup
 	FASTATTN_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --build-temp $(SANITIZED) --build-lib $(SANITIZED)
 	FASTATTN_LIBRARY=$(SANITIZED)/fastattn/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(PY) -m pytest -m "not slow and not gpu" --backend cpu $(wildcard tests/test_attention*.py tests/test_cpu_*.py tests/test_decode.py tests/test_losses.py)
+	  $(PY) -m pytest -m "not slow and not gpu" --backend cpu $(wildcard tests/test_attention*.py tests/test_cpu_*.py $(addprefix tests/test_,decode.py linear.py losses.py products.py))
 
 # What ptxas and the machine code say of the CUDA and Triton kernels, for every architecture. Needs nvcc for the former, no GPU.
 gates: setup

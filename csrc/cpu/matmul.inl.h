@@ -7,9 +7,12 @@
 namespace matmul {
 
 constexpr int64_t kDepth = 128;  // elements: a panel of B is 32 KB with AVX-512
-constexpr int64_t kMaxBlock =
-    1024;  // rows and columns: kMaxBlock × kDepth elements of A are 512 KB
+// Rows and columns: kMaxBlock × kDepth elements of A are 512 KB.
+constexpr int64_t kMaxBlock = 1024;
 constexpr int64_t kMinBlock = 2 * kTileQ;
+// Between rows of A packed across. They are met a few elements at a time: rows of kMaxBlock, 4 KB
+// apart, would share one set of L1.
+constexpr int64_t kAcross = kMaxBlock + 16;
 
 template <class T>
 struct Matrix {
@@ -36,15 +39,15 @@ static Left<E> pack_left(const Matrix<T>& a, int64_t rows, int64_t depth, E* dst
       round_rows(a.at, a.row, rows, depth, &dst->first, 2 * kDepth);
       return {dst, kDepth, 1};
     }
-    interleave_rows(a.at, a.col, depth, rows, dst, kMaxBlock);
-    return {dst, 1, kMaxBlock};
+    interleave_rows(a.at, a.col, depth, rows, dst, kAcross);
+    return {dst, 1, kAcross};
   } else {
     if (a.col == 1) {
       pack_lines(a.at, a.row, rows, depth, dst, kDepth);
       return {dst, kDepth, 1};
     }
-    pack_lines(a.at, a.col, depth, rows, dst, kMaxBlock);
-    return {dst, 1, kMaxBlock};
+    pack_lines(a.at, a.col, depth, rows, dst, kAcross);
+    return {dst, 1, kAcross};
   }
 }
 
@@ -106,7 +109,7 @@ static void run(const MatmulParams& p, const Pool& pool) {
     const Range cols =
         intersect({0, p.cols}, {task % across * block_cols, (task % across + 1) * block_cols});
     Scratch scratch;
-    E* packed = take<E>(scratch, kMaxBlock * kDepth);
+    E* packed = take<E>(scratch, kAcross * kDepth);
     E* panel = take<E>(scratch, kDepth * kTileQ);
     float* spare = scratch.take(kMaxBlock * kTileQ);
     for (int64_t k = 0; k < p.depth || k == 0; k += kStep) {
