@@ -1,13 +1,15 @@
-// Times attention's forward on Hopper for benchmarks/rank_sm90.py, which compiles it once a variant.
+// Times attention on Hopper for benchmarks/rank_sm90.py, which compiles it once a variant: the
+// forward, or with BACKWARD=1 the backward.
 //
 //   rank_sm90 BATCH HEADS_Q HEADS_K SEQLEN CAUSAL REPEATS
 //
-// prints a checksum of the outputs, then the milliseconds of each repeat, the L2 cache flushed
-// before it. Inputs are the same in every variant.
+// prints a checksum of out or dq, then the milliseconds of each repeat, the L2 cache flushed before
+// it. Inputs are the same in every variant.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
+#include "attn_bwd_sm90.cuh"
 #include "attn_fwd_sm90.cuh"
 #include "tensor_map.cu"
 
@@ -29,6 +31,18 @@ static __global__ void fill(uint16_t* x, int64_t count, uint32_t seed) {
   }
 }
 
+template <class T>
+static T* allocated(int64_t count) {
+  T* memory;
+  check(cudaMalloc(&memory, count * sizeof(T)));
+  return memory;
+}
+static uint16_t* filled(int64_t count, uint32_t seed) {
+  auto* const x = allocated<uint16_t>(count);
+  fill<<<1024, 256>>>(x, count, seed);
+  return x;
+}
+
 int main(int argc, char** argv) {
   if (argc != 7) return 2;
   const auto number = [&](int i) { return static_cast<int64_t>(std::atoll(argv[i])); };
@@ -48,29 +62,39 @@ int main(int argc, char** argv) {
   p.q_stride = p.out_stride = strides(p.heads_q);
   p.k_stride = p.v_stride = strides(p.heads_k);
   const int64_t count_q = p.batch * p.q_stride.batch, count_k = p.batch * p.k_stride.batch;
-  uint16_t *q, *k, *v, *out;
-  check(cudaMalloc(&q, 2 * count_q));
-  check(cudaMalloc(&k, 2 * count_k));
-  check(cudaMalloc(&v, 2 * count_k));
-  check(cudaMalloc(&out, 2 * count_q));
-  check(cudaMalloc(&p.lse, 4 * p.batch * p.heads_q * p.seqlen_q));
+  auto* const out = allocated<uint16_t>(count_q);
+  p.q = filled(count_q, 1);
+  p.k = filled(count_k, 2);
+  p.v = filled(count_k, 3);
+  p.out = out;
+  p.lse = allocated<float>(p.batch * p.heads_q * p.seqlen_q);
   p.lse_stride_head = p.seqlen_q;
   p.lse_stride_batch = p.heads_q * p.seqlen_q;
-  fill<<<1024, 256>>>(q, count_q, 1);
-  fill<<<1024, 256>>>(k, count_k, 2);
-  fill<<<1024, 256>>>(v, count_k, 3);
-  p.q = q;
-  p.k = k;
-  p.v = v;
-  p.out = out;
 
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, 0));
   const Device device{10 * properties.major + properties.minor, properties.multiProcessorCount,
                       static_cast<int>(properties.sharedMemPerBlockOptin), nullptr};
   launch_attn_fwd_sm90<bf16, HEAD_DIM, Scores::kPlain>(p, device);
+#if BACKWARD
+  AttnBwdParams b{};
+  b.fwd = p;
+  b.dout = filled(count_q, 4);
+  auto* const checked = allocated<uint16_t>(count_q);
+  b.dq = checked;
+  b.dk = allocated<uint16_t>(count_k);
+  b.dv = allocated<uint16_t>(count_k);
+  b.dout_stride = b.dq_stride = p.q_stride;
+  b.dk_stride = b.dv_stride = p.k_stride;
+  void* const workspace = allocated<unsigned char>(BwdWorkspaceSm90(b).bytes());
+  const auto run = [&] { launch_attn_bwd_sm90<bf16, HEAD_DIM>(b, workspace, device); };
+#else
+  uint16_t* const checked = out;
+  const auto run = [&] { launch_attn_fwd_sm90<bf16, HEAD_DIM, Scores::kPlain>(p, device); };
+#endif
+  run();
   std::vector<uint16_t> result(count_q);
-  check(cudaMemcpy(result.data(), out, 2 * count_q, cudaMemcpyDeviceToHost));
+  check(cudaMemcpy(result.data(), checked, 2 * count_q, cudaMemcpyDeviceToHost));
   double sum = 0;
   for (const uint16_t bits : result) {
     const uint32_t word = uint32_t{bits} << 16;
@@ -90,7 +114,7 @@ int main(int argc, char** argv) {
   for (int64_t i = 0; i < number(6); i++) {
     check(cudaMemsetAsync(flush, 0, kFlush));
     check(cudaEventRecord(begin));
-    launch_attn_fwd_sm90<bf16, HEAD_DIM, Scores::kPlain>(p, device);
+    run();
     check(cudaEventRecord(end));
     check(cudaEventSynchronize(end));
     float milliseconds;

@@ -1,6 +1,7 @@
-"""Which tile of the forward on Hopper is fastest: compiles variants, times them, prints a ranking.
+"""Which tile on Hopper is fastest: compiles variants, times them, prints a ranking.
 
     python benchmarks/rank_sm90.py 128 --seqlen 16384 --causal      (an H100 or H200, and nvcc)
+    python benchmarks/rank_sm90.py 256 --backward
     python benchmarks/rank_sm90.py 128 --compile-only               (any machine with nvcc)
 
 A variant is csrc/ with a few words replaced: another row of csrc/cuda/tiles_sm90.cuh, more buffers,
@@ -11,6 +12,7 @@ ptxas complains of, or does not fit, is said in place of a time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import statistics
@@ -35,7 +37,22 @@ class Variant(NamedTuple):
     ] = ()  # file of csrc/cuda, what stands there once, by what
 
 
-def variants(head_dim: int) -> list[Variant]:
+def backward_variants(head_dim: int) -> list[Variant]:
+    text = (ROOT / "csrc" / "cuda" / TILES).read_text()
+    row = re.search(rf"return \{{{head_dim}, (\d+), (\d+), (\d)\}};", text)
+    if row is None:
+        raise SystemExit(f"rank_sm90: {TILES} has no row for head dim {head_dim}")
+    now = row[0]
+    found = [Variant("as it is")]
+    for keys, queries, stages in itertools.product((64, 128), (64, 128), (1, 2)):
+        new = f"return {{{head_dim}, {keys}, {queries}, {stages}}};"
+        if new != now:
+            name = f"{keys} keys, {queries} queries, {stages} of dO"
+            found.append(Variant(name, ((TILES, now, new),)))
+    return found
+
+
+def forward_variants(head_dim: int) -> list[Variant]:
     text = (ROOT / "csrc" / "cuda" / TILES).read_text()
     row = re.search(rf"\{{{head_dim}, (\d), (\d+)\}},  +//", text)
     if row is None:
@@ -56,9 +73,10 @@ def variants(head_dim: int) -> list[Variant]:
     return found
 
 
-def compiled(variant: Variant, head_dim: int) -> Path | str:
+def compiled(variant: Variant, head_dim: int, backward: bool) -> Path | str:
     """The executable, or why there is none."""
-    folder = FOLDER / f"{head_dim} {variant.name}".replace(" ", "-").replace(",", "")
+    pass_ = "backward" if backward else "forward"
+    folder = FOLDER / f"{pass_} {head_dim} {variant.name}".replace(" ", "-").replace(",", "")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     sources = folder / "csrc" / "cuda"
@@ -70,6 +88,7 @@ def compiled(variant: Variant, head_dim: int) -> Path | str:
     wgmma.write(folder / "wgmma.cuh", sorted({*wgmma.COLUMNS, 144, 160, 176}))
     program = folder / "rank_sm90"
     command = [nvcc.find(), "-std=c++17", "-O3", "-Xptxas=-v", f"-DHEAD_DIM={head_dim}"]
+    command += [f"-DBACKWARD={int(backward)}"]
     command += ["-gencode=arch=compute_90a,code=sm_90a", f"-I{folder}", f"-I{sources}"]
     command += ["-o", str(program), str(ROOT / "benchmarks" / "rank_sm90.cu")]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
@@ -93,6 +112,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("head_dim", type=int, choices=(64, 96, 128, 192, 256))
+    parser.add_argument("--backward", action="store_true")
     parser.add_argument("--seqlen", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=16384, help="in all sequences together")
     parser.add_argument("--heads", type=int, nargs=2, metavar=("Q", "K"))
@@ -106,8 +126,9 @@ def main() -> int:
     batch = max(1, a.tokens // a.seqlen)
     shape = [str(n) for n in (batch, heads_q, heads_k, a.seqlen, int(a.causal), 10)]
     programs: dict[str, Path] = {}
+    variants = backward_variants if a.backward else forward_variants
     for variant in variants(a.head_dim):
-        result = compiled(variant, a.head_dim)
+        result = compiled(variant, a.head_dim, a.backward)
         if isinstance(result, Path):
             programs[variant.name] = result
         print(
@@ -121,7 +142,14 @@ def main() -> int:
         for name, program in programs.items():
             checksums[name], some = measured(program, shape)
             times[name] += some
-    flops = 4 * batch * heads_q * a.seqlen**2 * a.head_dim / (2 if a.causal else 1)
+    flops = (
+        (10 if a.backward else 4)
+        * batch
+        * heads_q
+        * a.seqlen**2
+        * a.head_dim
+        / (2 if a.causal else 1)
+    )
     median = {name: statistics.median(some) for name, some in times.items()}
     print(f"\nD {a.head_dim}, B {batch}, S {a.seqlen}, H {heads_q}/{heads_k}, causal {a.causal}")
     for name in sorted(median, key=lambda name: median[name]):

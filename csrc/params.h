@@ -102,6 +102,9 @@ struct AttnDecodeParams {
   const int32_t* cache_batch_idx;  // (B) or null
   const int32_t* block_table;      // (B, pages per sequence) or null
   int64_t block_table_stride, page_size;
+  // Packed sequences instead of a cache, by csrc/cuda alone: (B + 1), both or neither; `seqlen_q`
+  // is of the longest.
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;
 
   float scale, softcap;
   int64_t window_left, window_right;

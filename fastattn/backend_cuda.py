@@ -88,14 +88,13 @@ def remark(p: Problem) -> str | None:
 
 def _decodes(p: AttentionProblem) -> bool:
     """As csrc/cuda/attn_fwd.cu decides."""
-    unknown = p.packed or p.mask is not None or p.bias is not None or p.dropout_p > 0
-    if unknown or p.k.shape[1] < 512:
+    batch, heads_q, seqlen_q, seqlen_k = p.scores_shape
+    if p.mask is not None or p.bias is not None or p.dropout_p > 0 or seqlen_k < 512:
         return False
-    batch, seqlen_q, heads_q, head_dim = p.q.shape
-    rows = heads_q // p.k.shape[2] * seqlen_q
+    rows = heads_q // p.k.shape[-2] * seqlen_q
     tiles = batch * heads_q * -(-seqlen_q // 128)
     idle = 2 * tiles <= _multiprocessors(p.q)
-    return rows <= 16 or (rows <= 512 and max(head_dim, p.v.shape[-1]) <= 128 and idle)
+    return rows <= 16 or (rows <= 512 and max(p.q.shape[-1], p.v.shape[-1]) <= 128 and idle)
 
 
 def _multiprocessors(t: Tensor) -> int:

@@ -71,6 +71,14 @@ FEW_QUERIES = (
     Case("few-alibi", (1, 7, 600), (2, 1), 40, softcap=9.0, alibi="h"),
     Case("few-no-tensor-cores", (1, 5, 700), (2, 2), 192, 256, window=(600, 3)),
     Case("few-idle", (1, 40, 513), (2, 1), 96, window=CAUSAL),
+    Case(
+        "few-packed",
+        heads=(4, 2),
+        head_dim=64,
+        packed=((2, 520), (0, 5), (3, 7), (1, 0)),
+        window=CAUSAL,
+    ),
+    Case("few-packed-sinks", heads=(2, 2), head_dim=144, packed=((1, 5), (2, 600)), sinks=True),
     Case("few-strides", (1, 2, 512), (2, 2), 24, strides="padded"),
 )
 MANY_QUERIES = (

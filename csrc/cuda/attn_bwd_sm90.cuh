@@ -13,7 +13,8 @@
 // global memory, which a kernel at the end scales and rounds.
 //
 // Those sums come in no fixed order, unless the blocks of keys take turns at a block of queries
-// (`turns`): the last keys first, which is also how the grid starts them.
+// (`turns`): the last keys first, which under a causal mask is the order they come to it in, and is
+// how the grid then starts them. Otherwise it starts with the first keys, which most queries see.
 #pragma once
 
 #include "attn_bwd.cuh"
@@ -229,6 +230,7 @@ void launch_attn_bwd_sm90(const AttnBwdParams& b, void* workspace, const Device&
   params.bwd.lse = lse;
   params.bwd.delta = lse + space.rows;
   params.bwd.order = make_key_order(p, kTile.block_k, sizeof(T));
+  params.bwd.order.ascending = !b.deterministic;
   params.turns = b.deterministic ? turns : nullptr;
   const auto mapped_q = [&](const void* data, const Strides& stride, int64_t cols) {
     return tensor_map(mapped(p, data, stride, p.tokens_q, p.heads_q, cols, kTile.block_q));

@@ -20,20 +20,22 @@
 namespace fastattn::cuda {
 namespace decode {
 
-// Keys a team loads at a time, and blocks that registers must leave room for on an SM, 96 or 168 a
-// thread: in 16 bits, 80 KiB of loads are then under way, or 36 where there are four rows. Memory's
-// latency takes some 30 to hide on sm_90.
+// Keys a team loads at a time, and blocks that registers must leave room for on an SM, 96, 128 or
+// 168 a thread: in 16 bits, 80 KiB of loads are then under way, or 36 where there are four rows; in
+// fp32 more. Memory's latency takes some 30 to hide on sm_90.
 template <class T, int kRows>
 constexpr int kKeysAtATime = kRows == 1       ? 4
                              : sizeof(T) == 4 ? 2
                                               : 3;
-template <int kRows>
-constexpr int kBlocksAtOnce = kRows == 1 ? 5 : 3;
+template <class T, int kRows>
+constexpr int kBlocksAtOnce = kRows > 1        ? 3
+                              : sizeof(T) == 4 ? 4
+                                               : 5;
 
 // One tile of kRows rows, kLanes lanes a team: head dims up to kSlice · kLanes. kAligned: rows of
 // q, K and V start at multiples of 16 bytes and are multiples of kSlice long.
 template <class T, int kLanes, int kRows, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kRows>)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, kRows>)
     attn_decode_kernel(const __grid_constant__ KernelParams p) {
   constexpr int kTeams = kThreads / kLanes, kDims = kSlice * kLanes, kKeys = kKeysAtATime<T, kRows>;
   constexpr unsigned kAll = 0xffffffff;
@@ -42,6 +44,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kRows>)
   RowState* sStates = reinterpret_cast<RowState*>(sOut + kThreads * kRows * kSlice);  // (…, kRows)
 
   const Tile t = Tile::of_block<kRows>(p);
+  const Sequence sequence = sequence_at(p, t.batch);
   const int team = threadIdx.x / kLanes, dim = threadIdx.x % kLanes * kSlice;
   const int dims = int(p.head_dim) - dim, dims_v = int(p.head_dim_v) - dim;  // left from this one
 
@@ -51,17 +54,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kRows>)
   float slope[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    const Row row(t, r, p);
+    const Row row(t, r, p, sequence);
     query[r] = row.query;
     slope[r] = row.exists ? alibi_slope(p, t.batch, row.head) : 0.0f;
-    const T* from = static_cast<const T*>(p.q) + t.batch * p.q_stride.batch +
-                    row.query * p.q_stride.seq + row.head * p.q_stride.head + dim;
+    const T* from = query_at<T>(p, sequence, row) + dim;
     load_slice<kAligned>(from, row.exists ? dims : 0).unpack_into(q[r]);
   }
 
   const CachePlace place(p, t.batch, p.by_page_size);
-  const T* gK = static_cast<const T*>(p.k_cache) + t.head_k * p.k_stride.head + dim;
-  const T* gV = static_cast<const T*>(p.v_cache) + t.head_k * p.v_stride.head + dim;
+  const T* gK = keys_at<T>(p.k_cache, p.k_stride, sequence, t.head_k) + dim;
+  const T* gV = keys_at<T>(p.v_cache, p.v_stride, sequence, t.head_k) + dim;
   for (int first = t.keys.begin; first < t.keys.end; first += kTeams * kKeys) {
     Slice<T> k[kKeys], v[kKeys];
 #pragma unroll
@@ -140,6 +142,8 @@ __global__ void __launch_bounds__(kThreads)
   if (index >= p.batch * p.heads_q * p.seqlen_q) return;
   const int query = int(index % p.seqlen_q), head = int(index / p.seqlen_q % p.heads_q);
   const int64_t b = index / p.seqlen_q / p.heads_q;
+  const Sequence s = sequence_at(p, b);
+  if (query >= s.seqlen_q) return;
   const RowState* states = p.partial_states + index * p.splits;
   const float* partial = p.partial_out + index * p.splits * p.head_dim_v;
 
@@ -149,8 +153,8 @@ __global__ void __launch_bounds__(kThreads)
     total.row_sum += states[n].row_sum * exp_of(states[n].row_max - total.row_max);
   }
   const int lane = threadIdx.x % 32;
-  const float factor = Finish(p, b, head, query, total, lane == 0).factor;
-  T* out = out_row<T>(p, b, head, query);
+  const float factor = Finish(p, b, head, s.q_row + query, total, lane == 0).factor;
+  T* out = out_row<T>(p, b, head, s.q_row + query);
   for (int d = lane; d < p.head_dim_v; d += 32) {
     float sum = 0;
     for (int n = 0; n < p.splits; n++) {

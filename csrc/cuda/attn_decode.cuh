@@ -9,6 +9,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "../block_range.h"
 #include "kv_cache.cuh"
 #include "launch.cuh"
 #include "vector.cuh"
@@ -49,9 +50,19 @@ struct Keys {
   int begin, end;
 };
 
+// Where the queries and keys of batch entry b lie, beyond its batch stride, and how many there are.
+// Asked again when the keys are through, so that nothing of it is kept in registers.
+FASTATTN_DEVICE Sequence sequence_at(const KernelParams& p, int64_t b) {
+  if (p.cu_seqlens_q) {
+    const int64_t q = p.cu_seqlens_q[b], k = p.cu_seqlens_k[b];
+    return {b, q, k, p.cu_seqlens_q[b + 1] - q, p.cu_seqlens_k[b + 1] - k};
+  }
+  return {b, 0, 0, p.seqlen_q, (p.cache_seqlens ? p.cache_seqlens[b] : 0) + p.seqlen_new};
+}
+
 // What block blockIdx.x takes of the problem.
 struct Tile {
-  int64_t batch;
+  int batch;
   int head_k, first_row, split;
   int group_size, diagonal;  // query i stands on key i + diagonal
   int first_key, last_key;   // relative to a query's number: the window it sees
@@ -66,11 +77,11 @@ struct Tile {
     t.split = int(rest % p.splits);
     rest /= p.splits;
     t.head_k = int(rest % p.heads_k);
-    t.batch = rest / p.heads_k;
+    t.batch = int(rest / p.heads_k);
 
     t.group_size = int(p.heads_q / p.heads_k);
-    const int seqlen_q = int(p.seqlen_q);
-    const int length = (p.cache_seqlens ? p.cache_seqlens[t.batch] : 0) + int(p.seqlen_new);
+    const Sequence s = sequence_at(p, t.batch);
+    const int seqlen_q = int(s.seqlen_q), length = int(s.seqlen_k);
     const int all = length + seqlen_q;
     t.diagonal = length - seqlen_q;
     t.first_key = t.diagonal - (p.window_left < 0 ? all : int(min(p.window_left, int64_t(all))));
@@ -78,13 +89,13 @@ struct Tile {
 
     const int last_row = min(t.first_row + kRows, t.group_size * seqlen_q) - 1;
     const int first_query = p.by_group_size.divide(t.first_row);
-    const int last_query = p.by_group_size.divide(last_row);
+    const int last_query = p.by_group_size.divide(max(last_row, 0));
     const int leftpad = p.cache_leftpad ? p.cache_leftpad[t.batch] : 0;
     const int begin = max(leftpad, first_query + t.first_key);
     const int end = min(length, last_query + t.last_key + 1);
     const int share = max((end - begin + p.splits - 1) / p.splits, kMinSplitKeys);
     t.keys.begin = begin + t.split * share;
-    t.keys.end = min(end, t.keys.begin + share);
+    t.keys.end = t.first_row <= last_row ? min(end, t.keys.begin + share) : t.keys.begin;
     return t;
   }
 
@@ -99,11 +110,11 @@ struct Row {
   int query, head;
   bool exists;
 
-  FASTATTN_DEVICE Row(const Tile& t, int r, const KernelParams& p) {
+  FASTATTN_DEVICE Row(const Tile& t, int r, const KernelParams& p, const Sequence& s) {
     const int row = t.first_row + r;
     query = p.by_group_size.divide(row);
     head = t.head_k * t.group_size + row - query * t.group_size;
-    exists = query < p.seqlen_q;
+    exists = query < s.seqlen_q;
   }
 };
 
@@ -161,7 +172,7 @@ FASTATTN_DEVICE Slice<T> load_slice(const T* x, int count) {
 struct Finish {
   float factor;  // of out
 
-  FASTATTN_DEVICE Finish(const KernelParams& p, int64_t b, int head, int query, RowState state,
+  FASTATTN_DEVICE Finish(const KernelParams& p, int64_t b, int head, int64_t q_row, RowState state,
                          bool writes_lse) {
     float scale = 1, row_max = state.row_max, row_sum = state.row_sum;
     if (p.sinks) {
@@ -173,34 +184,45 @@ struct Finish {
     const bool empty = row_sum == 0;
     factor = empty ? 0.0f : scale / row_sum;
     if (writes_lse) {
-      p.lse[b * p.lse_stride_batch + head * p.lse_stride_head + query] =
+      p.lse[b * p.lse_stride_batch + head * p.lse_stride_head + q_row] =
           empty ? -INFINITY : row_max + logf(row_sum);
     }
   }
 };
 
+// A row of q, and one of out by the query's row in the tensor; a head's first key or value.
 template <class T>
-FASTATTN_DEVICE T* out_row(const KernelParams& p, int64_t b, int head, int query) {
-  return static_cast<T*>(p.out) + b * p.out_stride.batch + query * p.out_stride.seq +
+FASTATTN_DEVICE const T* query_at(const KernelParams& p, const Sequence& s, const Row& row) {
+  return static_cast<const T*>(p.q) + s.batch * p.q_stride.batch +
+         (s.q_row + row.query) * p.q_stride.seq + row.head * p.q_stride.head;
+}
+template <class T>
+FASTATTN_DEVICE T* out_row(const KernelParams& p, int64_t b, int head, int64_t q_row) {
+  return static_cast<T*>(p.out) + b * p.out_stride.batch + q_row * p.out_stride.seq +
          head * p.out_stride.head;
+}
+template <class T>
+FASTATTN_DEVICE const T* keys_at(const void* cache, const Strides& stride, const Sequence& s,
+                                 int head_k) {
+  return static_cast<const T*>(cache) + s.k_row * stride.seq + head_k * stride.head;
 }
 
 // Element d of Σ exp(s − row_max)·v over the keys that the row sees, one thread on its own.
 template <class T>
 FASTATTN_DEVICE float recompute(const KernelParams& p, const Tile& t, const Row& row, int d,
                                 float row_max) {
-  const T* q = static_cast<const T*>(p.q) + t.batch * p.q_stride.batch +
-               row.query * p.q_stride.seq + row.head * p.q_stride.head;
+  const Sequence sequence = sequence_at(p, t.batch);
+  const T* q = query_at<T>(p, sequence, row);
+  const T* gK = keys_at<T>(p.k_cache, p.k_stride, sequence, t.head_k);
+  const T* gV = keys_at<T>(p.v_cache, p.v_stride, sequence, t.head_k);
   const CachePlace place(p, t.batch, p.by_page_size);
   const float slope = alibi_slope(p, t.batch, row.head);
   float out = 0;
   for (int key = t.keys.begin; key < t.keys.end; key++) {
     if (!t.sees(row.query, key)) continue;
     const CachePlace::Position at = place.find(key);
-    const T* k =
-        static_cast<const T*>(p.k_cache) + offset_of(at, p.k_stride) + t.head_k * p.k_stride.head;
-    const T* v =
-        static_cast<const T*>(p.v_cache) + offset_of(at, p.v_stride) + t.head_k * p.v_stride.head;
+    const T* k = gK + offset_of(at, p.k_stride);
+    const T* v = gV + offset_of(at, p.v_stride);
     float product = 0;
     for (int i = 0; i < p.head_dim; i++) product += to_float(q[i]) * to_float(k[i]);
     const float s = score(product, slope, abs(row.query + t.diagonal - key), p);
@@ -225,8 +247,9 @@ FASTATTN_DEVICE int out_index(int team, int row, int d) {
 template <class T, bool kShared, int kTeams, int kRows, int kDims>
 FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const float* sOut,
                                 const RowState* sStates) {
+  const Sequence s = sequence_at(p, t.batch);
   for (int r = 0; r < kRows; r++) {
-    const Row row(t, r, p);
+    const Row row(t, r, p, s);
     if (!row.exists) return;
     RowState total;
     float scale[kTeams];
@@ -245,7 +268,7 @@ FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const floa
     const int64_t index = p.row_index(t.batch, row.head, row.query) * p.splits + t.split;
     float factor = 1;
     if (whole) {
-      factor = Finish(p, t.batch, row.head, row.query, total, threadIdx.x == 0).factor;
+      factor = Finish(p, t.batch, row.head, s.q_row + row.query, total, threadIdx.x == 0).factor;
     } else if (threadIdx.x == 0) {
       p.partial_states[index] = total;
     }
@@ -259,7 +282,7 @@ FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const floa
         out = recompute<T>(p, t, row, d, total.row_max);
       }
       if (whole) {
-        out_row<T>(p, t.batch, row.head, row.query)[d] = from_float<T>(out * factor);
+        out_row<T>(p, t.batch, row.head, s.q_row + row.query)[d] = from_float<T>(out * factor);
       } else {
         p.partial_out[index * p.head_dim_v + d] = out;
       }

@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
   RowState* sStates = reinterpret_cast<RowState*>(sOut + kWarps * kMmaRows * kDims);
 
   const Tile tile = Tile::of_block<kMmaRows>(p);
+  const Sequence sequence = sequence_at(p, tile.batch);
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int dims = int(p.head_dim), dims_v = int(p.head_dim_v);
 
@@ -57,11 +58,10 @@ __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
   float slope[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const Row row(tile, group + 8 * h, p);
+    const Row row(tile, group + 8 * h, p, sequence);
     query[h] = row.query;
     slope[h] = row.exists ? alibi_slope(p, tile.batch, row.head) : 0.0f;
-    const T* from = static_cast<const T*>(p.q) + tile.batch * p.q_stride.batch +
-                    row.query * p.q_stride.seq + row.head * p.q_stride.head;
+    const T* from = query_at<T>(p, sequence, row);
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
       const int d = 32 * c + 8 * t;
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
 
   float out[kHalves][8][4] = {};
   const CachePlace place(p, tile.batch, p.by_page_size);
-  const T* gK = static_cast<const T*>(p.k_cache) + tile.head_k * p.k_stride.head;
-  const T* gV = static_cast<const T*>(p.v_cache) + tile.head_k * p.v_stride.head;
+  const T* gK = keys_at<T>(p.k_cache, p.k_stride, sequence, tile.head_k);
+  const T* gV = keys_at<T>(p.v_cache, p.v_stride, sequence, tile.head_k);
   for (int first = tile.keys.begin + kMmaKeys * warp; first < tile.keys.end;
        first += kMmaKeys * kWarps) {
     uint4 k[2][kChunks], v[4][kHalves];

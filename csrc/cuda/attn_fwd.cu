@@ -15,14 +15,14 @@ namespace {
 // do; head dims over 128 have no tensor cores there. fastattn/backend_cuda.py tells users.
 bool decodes(const AttnFwdParams& p, const Device& device) {
   constexpr int64_t kFewRows = 16, kMostRows = 512, kManyKeys = 512;
-  if (p.cu_seqlens_q || p.mask || p.bias || p.seed || p.seqlen_k < kManyKeys) return false;
+  if (p.mask || p.bias || p.seed || p.seqlen_k < kManyKeys) return false;
   const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
   const int64_t tiles = p.batch * p.heads_q * ceil_div(p.seqlen_q, 128);
   return rows <= kFewRows || (rows <= kMostRows && greater(p.head_dim, p.head_dim_v) <= 128 &&
                               2 * tiles <= device.multiprocessors);
 }
 
-// The keys are all there are of a cache, each as if just appended.
+// The keys are those of a cache, each as if just appended; or of a packed sequence.
 AttnDecodeParams as_decode(const AttnFwdParams& p) {
   AttnDecodeParams d{};
   d.dtype = p.dtype;
@@ -44,6 +44,8 @@ AttnDecodeParams as_decode(const AttnFwdParams& p) {
   d.lse = p.lse;
   d.lse_stride_batch = p.lse_stride_batch;
   d.lse_stride_head = p.lse_stride_head;
+  d.cu_seqlens_q = p.cu_seqlens_q;
+  d.cu_seqlens_k = p.cu_seqlens_k;
   d.scale = p.scale;
   d.softcap = p.softcap;
   d.window_left = p.window_left;

