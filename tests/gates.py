@@ -64,23 +64,23 @@ class Hopper(NamedTuple):
 
 HOPPER = {
     "attn_bwd_sm90_kernel<64, 0>": Hopper(5, 1470),
-    "attn_bwd_sm90_kernel<64, 1>": Hopper(5, 11200),
+    "attn_bwd_sm90_kernel<64, 1>": Hopper(5, 10550),
     "attn_bwd_sm90_kernel<128, 0>": Hopper(5, 1070),
-    "attn_bwd_sm90_kernel<128, 1>": Hopper(5, 6010),
+    "attn_bwd_sm90_kernel<128, 1>": Hopper(5, 5730),
     "attn_bwd_sm90_kernel<192, 0>": Hopper(8, 1655),
-    "attn_bwd_sm90_kernel<192, 1>": Hopper(7, 11275),
+    "attn_bwd_sm90_kernel<192, 1>": Hopper(7, 10650),
     "attn_bwd_sm90_kernel<256, 0>": Hopper(9, 1900),
-    "attn_bwd_sm90_kernel<256, 1>": Hopper(8, 11435),
+    "attn_bwd_sm90_kernel<256, 1>": Hopper(8, 10870),
     "attn_fwd_sm90_kernel<64, 0>": Hopper(4, 680),
-    "attn_fwd_sm90_kernel<64, 1>": Hopper(4, 6440),
+    "attn_fwd_sm90_kernel<64, 1>": Hopper(4, 6320),
     "attn_fwd_sm90_kernel<96, 0>": Hopper(4, 715),
-    "attn_fwd_sm90_kernel<96, 1>": Hopper(4, 6480),
+    "attn_fwd_sm90_kernel<96, 1>": Hopper(4, 6360),
     "attn_fwd_sm90_kernel<128, 0>": Hopper(4, 745),
-    "attn_fwd_sm90_kernel<128, 1>": Hopper(4, 5770),
+    "attn_fwd_sm90_kernel<128, 1>": Hopper(4, 5660),
     "attn_fwd_sm90_kernel<192, 0>": Hopper(4, 705),
-    "attn_fwd_sm90_kernel<192, 1>": Hopper(4, 4275),
+    "attn_fwd_sm90_kernel<192, 1>": Hopper(4, 4230),
     "attn_fwd_sm90_kernel<256, 0>": Hopper(4, 630),
-    "attn_fwd_sm90_kernel<256, 1>": Hopper(4, 3600),
+    "attn_fwd_sm90_kernel<256, 1>": Hopper(4, 3530),
 }
 
 
