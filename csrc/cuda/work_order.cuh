@@ -49,8 +49,8 @@ inline WorkOrder make_work_order(const AttnFwdParams& p, int block_m, int elemen
 }
 
 // The same for blocks of keys and KV heads, the first of which are seen by most queries. By counts
-// of blocks, one causal sequence of 4k and 16 heads keeps 132 SMs 18 % shorter than if the last keys
-// went first.
+// of blocks, one causal sequence of 4k and 16 heads keeps 132 SMs 18 % shorter than if the last
+// keys went first.
 inline WorkOrder make_key_order(const AttnFwdParams& p, int block_m, int element_bytes) {
   const int64_t bytes = p.seqlen_q * (p.head_dim + p.head_dim_v) * element_bytes;  // a query head
   const int64_t heads = p.batch * p.heads_k, group_size = p.heads_q / p.heads_k;
