@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .autograd import FusedFunction
+from .when_imported import when_imported
 
 # The least rows, columns and summed elements, and the least product of the three, for which a
 # Function around our own product pays: below, torch's is as fast (measured on Zen 5).
@@ -79,6 +80,9 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None
     return not torch.is_autocast_enabled("cpu") and _has_own_products(backend)
 
 
-@torch.compiler.assume_constant_result
 def _has_own_products(backend: str | None) -> bool:
     return backends.own_products(torch.device("cpu"), backend) is not None
+
+
+# torch.compile asks once. As a decorator this would import all of its tracer.
+when_imported("torch._dynamo", lambda: torch.compiler.assume_constant_result(_has_own_products))

@@ -106,6 +106,13 @@ def test_opcheck_linear_cross_entropy(backend: str, bias: bool, dtype: torch.dty
         opcheck(ops.linear_cross_entropy_fwd_bwd.default, both, test_utils=UTILS)
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_opcheck_linear(bias: bool) -> None:
+    x, weight = torch.randn(9, 16), torch.randn(8, 16)
+    rows = torch.randn(8) if bias else None
+    opcheck(torch.ops.fastattn.linear.default, (x, weight, rows, None), test_utils=UTILS)
+
+
 def test_every_operator_is_checked() -> None:
     """A new operator belongs into the tests above."""
     names = {
@@ -115,7 +122,7 @@ def test_every_operator_is_checked() -> None:
     losses |= {"cross_entropy_fwd_bwd", "cross_entropy_fwd_bwd_"}
     losses |= {"linear_cross_entropy_bwd", "linear_cross_entropy_fwd_bwd"}
     attention = {"attn_fwd", "attn_bwd", "attn_bwd_into", "attn_entropy", "attn_decode"}
-    assert names == {f"fastattn::{n}" for n in losses | attention}
+    assert names == {f"fastattn::{n}" for n in losses | attention | {"linear"}}
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=str)

@@ -1,16 +1,14 @@
 // Rung 5: feed the tensor cores. FlashAttention-2's kernel (Dao, 2023) in its plainest form.
 //
 // Adds, all of it for what rung 4 waits for:
-//   swizzle    Chunk c of row r, 16 bytes, lies at c ^ (r % 8): eight rows of one column of chunks
-//   are
-//              in eight different groups of banks, without a byte of padding.
-//   ldmatrix   One instruction brings fragments for two products, where rung 4 had four loads for
-//              K and eight for V.
-//   cp.async   The next tiles of K and V are copied to a second buffer during the products; no
-//   registers
-//              in between, and one barrier a tile.
-//   ex2        softmax in powers of two: log2(e) · scale is one factor, so that a weight is a
-//              multiply-add and an ex2.
+// - Swizzle: chunk c of row r, 16 bytes, lies at c ^ (r % 8), so that eight rows of one column of
+//   chunks are in eight different groups of banks, without a byte of padding.
+// - ldmatrix: one instruction brings fragments for two products, where rung 4 had four loads for K
+//   and eight for V.
+// - cp.async: the next tiles of K and V are copied to a second buffer during the products, without
+//   registers in between, and with one barrier a tile.
+// - ex2: softmax in powers of two. log2(e) · scale is one factor, so that a weight is a
+//   multiply-add and an ex2.
 //
 // The bound is still how fast operands come: of a fragment of K or V, 512 bytes and 4 cycles of the
 // whole SM's shared memory, only two products are made, because a warp has only 16 rows. On an A100

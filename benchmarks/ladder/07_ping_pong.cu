@@ -1,16 +1,14 @@
 // Rung 7: two warpgroups take turns, and the SM never lets go. FlashAttention-3's schedule (Shah et
 // al., 2024), without its overlap inside a warpgroup.
 //
-// Adds
-//   ping-pong    Two consumer warpgroups of 64 queries each share the copies of K and V. A named
-//                barrier gives the tensor cores to one of them for P·V(n) and Q·K(n + 1)ᵀ at once,
-//                while the other is in its softmax: what rung 6 left to chance is arranged.
-//   setmaxnreg   The producer gives up its registers, so that a consumer's thread has 240: enough
-//   for
-//                128 keys at a time.
-//   persistence  A block an SM, which goes on to its next queries: their copies are under way
-//   before the
-//                last outputs are stored.
+// Adds:
+// - Ping-pong: two consumer warpgroups of 64 queries each share the copies of K and V. A named
+//   barrier gives the tensor cores to one of them for P·V(n) and Q·K(n + 1)ᵀ at once, while the
+//   other is in its softmax: what rung 6 left to chance is arranged.
+// - setmaxnreg: the producer gives up its registers, so that a consumer's thread has 240, enough
+//   for 128 keys at a time.
+// - Persistence: a block an SM, which goes on to its next queries. Their copies are under way
+//   before the last outputs are stored.
 //
 // The bound: tensor cores, if a softmax takes no longer than the other's products. At D = 128 it
 // does not: of two times 64 × 128 scores products take 2048 cycles, exponentials 1024, instructions

@@ -5,8 +5,7 @@
 // Heads of a key usually lie side by side, so a few keys of all heads come before the next keys:
 // head by head, every key of every head would be on another page. What comes next is prefetched
 // meanwhile, in the order of the memory: hardware prefetchers follow neither such strides nor a
-// page table. One thread then reads at 91–96 % of what a sum over K and V does, two at 80 % (Zen
-// 5).
+// page table. On Zen 5 one thread reads at 91–96 % of what a sum over K and V does, two at 80 %.
 //
 // Keys are further cut into chunks, each with a result of its own, and these are merged in order.
 // Which thread computed which chunk then makes no difference: results are the same bits for any

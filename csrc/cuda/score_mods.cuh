@@ -2,9 +2,8 @@
 // and dropout.
 //
 // A fragment's element [m][n][2·half + e] is the score of query row + 16·m + 8·half with key
-// column + 8·n + e, where row and column are this thread's first; or the same transposed, of key
-// row
-// + … with query column + ….
+// column + 8·n + e, where row and column are this thread's first; or the same transposed, with the
+// key's row and the query's column.
 #pragma once
 
 #include "../block_range.h"
