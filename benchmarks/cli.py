@@ -12,7 +12,7 @@ import torch
 from . import compare, machine, plots, report, results, supervise
 from .ceilings import pin_threads
 from .device import find
-from .runner import Plan, Run, matching
+from .runner import Plan, Run, key_of, matching
 from .show import Show
 from .suites import SUITES, cases, peers
 
@@ -121,7 +121,8 @@ def run(argv: list[str]) -> int:
     pictures = plots.draw(bench.document, out)
     print(f"wrote {out} and {len(pictures)} pictures beside it")
     if not complete:
-        left = len(chosen) - len(order)
+        have = {results.key(r) for r in order}  # of other suites too, where a run goes on
+        left = sum(key_of(case) not in have for case in chosen)
         print(f"the time budget of {args.budget:g} s left out {left} of {len(chosen)} cases")
     return 0
 

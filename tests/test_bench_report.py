@@ -243,6 +243,10 @@ def test_a_run_from_the_command_line(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "of the floor" in printed and "Ceilings" in printed and "pictures" in printed
     assert (tmp_path / "run-decode.png").exists()
+    # gone on with, by another suite, for which there is no time
+    more = ["--suite", "varlen", "--resume", "--budget", "1e-9"]
+    assert cli.main(["--device", "cpu", "--quick", *more, "--out", str(out)]) == 0
+    assert "left out 2 of 2 cases" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
