@@ -37,12 +37,16 @@ class Variant(NamedTuple):
     ] = ()  # file of csrc/cuda, what stands there once, by what
 
 
-def backward_variants(head_dim: int) -> list[Variant]:
-    text = (ROOT / "csrc" / "cuda" / TILES).read_text()
-    row = re.search(rf"return \{{{head_dim}, (\d+), (\d+), (\d)\}};", text)
+def tile_row(head_dim: int, pattern: str) -> re.Match[str]:
+    """Of the tile table."""
+    row = re.search(pattern, (ROOT / "csrc" / "cuda" / TILES).read_text())
     if row is None:
         raise SystemExit(f"rank_sm90: {TILES} has no row for head dim {head_dim}")
-    now = row[0]
+    return row
+
+
+def backward_variants(head_dim: int) -> list[Variant]:
+    now = tile_row(head_dim, rf"return \{{{head_dim}, (\d+), (\d+), (\d)\}};")[0]
     found = [Variant("as it is")]
     for keys, queries, stages in itertools.product((64, 128), (64, 128), (1, 2)):
         new = f"return {{{head_dim}, {keys}, {queries}, {stages}}};"
@@ -53,10 +57,7 @@ def backward_variants(head_dim: int) -> list[Variant]:
 
 
 def forward_variants(head_dim: int) -> list[Variant]:
-    text = (ROOT / "csrc" / "cuda" / TILES).read_text()
-    row = re.search(rf"\{{{head_dim}, (\d), (\d+)\}},  +//", text)
-    if row is None:
-        raise SystemExit(f"rank_sm90: {TILES} has no row for head dim {head_dim}")
+    row = tile_row(head_dim, rf"\{{{head_dim}, (\d), (\d+)\}},  +//")
     now = row[0]
     tiles = [(c, n) for c in (2, 3) for n in (64, 80, 96, 112, 128, 144, 160, 176)]
     tiles.remove((int(row[1]), int(row[2])))

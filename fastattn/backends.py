@@ -12,6 +12,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,12 @@ from .products import TorchProducts
 
 Problem = AttentionProblem | DecodeProblem | CrossEntropyProblem | LinearCrossEntropyProblem
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _load(module: str) -> ModuleType:
+    """Kept here: every call of an operator asks, and import_module takes a microsecond."""
+    return importlib.import_module(module, __package__)
 
 
 class Backend(NamedTuple):
@@ -50,8 +57,8 @@ class Backend(NamedTuple):
         remark = getattr(self._load(), "remark", None)
         return None if remark is None else remark(p)
 
-    def _load(self):
-        return importlib.import_module(self.module, __package__)
+    def _load(self) -> ModuleType:
+        return _load(self.module)
 
     @property
     def attn_fwd(self) -> Callable[[AttentionProblem], tuple[Tensor, Tensor]]:
@@ -91,9 +98,9 @@ class Backend(NamedTuple):
         return self.own_products(device) or products.torchs(device)
 
     def own_products(self, device: torch.device) -> TorchProducts | None:
-        """This backend's, where it has some that are faster than torch's."""
+        """This backend's, if it is usable and has some that are faster than torch's."""
         own = getattr(self._load(), "own_products", None)
-        return None if own is None else own(device)
+        return own(device) if own is not None and self.unusable() is None else None
 
 
 TABLE = (
@@ -144,7 +151,7 @@ def _warn_once(refusals: str) -> None:
 def own_products(device: torch.device, backend: str | None) -> TorchProducts | None:
     """The requested backend's, or any usable one's, where they are faster than torch's."""
     name = requested(backend)
-    rows = (row for row in TABLE if name in (None, row.name) and row.unusable() is None)
+    rows = TABLE if name is None else (_BY_NAME[name],)
     return next((own for row in rows if (own := row.own_products(device)) is not None), None)
 
 
