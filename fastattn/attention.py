@@ -344,11 +344,13 @@ class AttentionFunction(FusedFunction):
             dout = torch.zeros_like(out)
         args = (*tensors, *ctx.options, out, lse, dout, dlse, ctx.deterministic, ctx.backend)
         if tensors[2] is None:
-            return *PackedGradient.run(*args), *(None,) * (_FIELDS + 2 - 2)
-        dq, dk, dv, dbias, dsinks = AttentionGradient.run(*args)
-        has_bias, has_sinks = tensors[4] is not None, tensors[6] is not None
-        grads = (dq, dk, dv, None, dbias if has_bias else None, None, dsinks if has_sinks else None)
-        return grads + (None,) * (_FIELDS + 2 - len(grads))
+            grads = PackedGradient.run(*args)
+        else:
+            dq, dk, dv, dbias, dsinks = AttentionGradient.run(*args)
+            dbias = None if tensors[4] is None else dbias
+            dsinks = None if tensors[6] is None else dsinks
+            grads = (dq, dk, dv, None, dbias, None, dsinks)
+        return *grads, *(None,) * (_FIELDS + 2 - len(grads))
 
 
 def _parts(q: Tensor | None, k: Tensor, v: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -227,7 +227,7 @@ def flash_attn_with_kvcache(
     Raises:
         As `fastattn.attention_decode`; ValueError also for k and v without cache_seqlens.
     """
-    batch, (left, right) = q.shape[0], window_size
+    batch = q.shape[0]
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("k and v are appended at cache_seqlens, which must be given with them")
@@ -251,7 +251,7 @@ def flash_attn_with_kvcache(
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
         causal=causal,
-        window=(max(left, -1), max(right, -1)),
+        window=_window(window_size),
         scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
@@ -286,10 +286,15 @@ _Options = tuple[bool, Window, float | None, float, Tensor | None, float]
 
 
 def _of_attention(causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p):
-    """The options of `attention`, in its order. There −1 alone is unlimited."""
+    """The options of `attention`, in its order."""
+    window, mask, bias, sinks = _window(window_size), None, None, None
+    return causal, window, softmax_scale, softcap, mask, bias, alibi_slopes, sinks, dropout_p
+
+
+def _window(window_size: Window) -> Window:
+    """Ours: −1 alone is unlimited."""
     left, right = window_size
-    window = (max(left, -1), max(right, -1))
-    return causal, window, softmax_scale, softcap, None, None, alibi_slopes, None, dropout_p
+    return max(left, -1), max(right, -1)
 
 
 def _results(
