@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attn_bwd.cuh"
+#include "key_block.cuh"
 #include "panel_tile.cuh"
 #include "ring.cuh"
 #include "tensor_map.h"
@@ -19,30 +20,16 @@ struct AttnBwdSm90Launch {
 
 // block_k keys of a KV head, and the blocks of queries that see them.
 template <int kHeadDim>
-struct KeyTile {
+struct KeyTile : KeyBlock {
   static constexpr BwdTileSm90 kTile = bwd_tile_sm90(kHeadDim);
 
-  int batch, head;           // KV head
-  int n_block, first, keys;  // keys ≤ 0: the sequence ends before
-  int m_block_min, m_block_end;
-  Sequence sequence;
-  Window window;
+  int n_block, m_block_min, m_block_end;
 
-  FASTATTN_DEVICE KeyTile(const AttnFwdParams& p, const WorkOrder& order) {
-    const WorkOrder::Item work = order.item(blockIdx.x);
-    sequence = sequence_at(p, work.batch);
-    window = make_window(sequence.seqlen_q, sequence.seqlen_k, p.window_left, p.window_right);
-    batch = work.batch;
-    head = work.head;
-    n_block = work.m_block;
-    first = n_block * kTile.block_k;
-    keys = min(kTile.block_k, static_cast<int>(sequence.seqlen_k) - first);
-    const int seqlen_q = static_cast<int>(sequence.seqlen_q);
-    const KernelWindow seen_by = KernelWindow(window).transposed(seqlen_q);
-    const int begin = max(0, first + seen_by.first);
-    const int end = min(seqlen_q, first + keys - 1 + seen_by.end);
-    m_block_min = begin / kTile.block_q;
-    m_block_end = begin < end ? (end + kTile.block_q - 1) / kTile.block_q : m_block_min;
+  FASTATTN_DEVICE KeyTile(const AttnFwdParams& p, const WorkOrder& order)
+      : KeyBlock(p, order, kTile.block_k), n_block(first / kTile.block_k) {
+    m_block_min = query_begin / kTile.block_q;
+    m_block_end =
+        query_begin < query_end ? (query_end + kTile.block_q - 1) / kTile.block_q : m_block_min;
   }
 
   // Of the blocks of keys that see this block of queries, how many come before this one.
@@ -117,7 +104,7 @@ FASTATTN_DEVICE void produce_queries(const AttnBwdSm90Launch& launch, const KeyT
   using Shared = BwdSharedSm90<kHeadDim>;
   const AttnFwdParams& p = launch.bwd.params.fwd;
   const int batch = p.cu_seqlens_q ? 0 : tile.batch;
-  const int k_row = static_cast<int>(tile.sequence.k_row) + tile.first;
+  const int k_row = static_cast<int>(tile.k_row);
   const int q_row = static_cast<int>(tile.sequence.q_row);
   uint64_t* keys_there = shared.k_ring.acquire(2 * Shared::KTile::kBytes);
   shared.k().load(launch.k, keys_there, k_row, tile.head, batch);

@@ -185,9 +185,7 @@ FASTATTN_DEVICE void consume_for_dv(const AttnBwdSm90Launch& launch, const KeyTi
     ptx::settle(scores[0]);
     shared.dout_ring.release();
   }
-  store_gradient(dv,
-                 head_at<T>(b.dv, b.dv_stride, tile.sequence.batch,
-                            tile.sequence.k_row + tile.first, tile.head),
+  store_gradient(dv, head_at<T>(b.dv, b.dv_stride, tile.sequence.batch, tile.k_row, tile.head),
                  b.dv_stride.seq, block.warp_row, tile.keys, static_cast<int>(p.head_dim_v), 1.0f);
 }
 
@@ -232,9 +230,7 @@ FASTATTN_DEVICE void consume_for_dk(const AttnBwdSm90Launch& launch, const KeyTi
     block.template multiply<T, 1>(dk, dpacked, shared.q(), shared);
     shared.q_ring.release();
   }
-  store_gradient(dk,
-                 head_at<T>(b.dk, b.dk_stride, tile.sequence.batch,
-                            tile.sequence.k_row + tile.first, tile.head),
+  store_gradient(dk, head_at<T>(b.dk, b.dk_stride, tile.sequence.batch, tile.k_row, tile.head),
                  b.dk_stride.seq, block.warp_row, tile.keys, static_cast<int>(b.fwd.head_dim),
                  b.fwd.scale);
 }
