@@ -47,10 +47,10 @@ INTERPRETED = Tile(64, 64)
 # 16-bit. Of the forward 128 queries make up for reading K and V again; 256 of head dim leave
 # registers for 64 of them, or for fewer keys. On sm_90 and at head dim 128, 128 keys at a time
 # would take 666 instructions where twice 64 take 874, but some variants spill: that is left to
-# tuning. Tensor descriptors would take 571, and 36 registers less (SASS of triton 3.9): but made on
-# the host they cost Python more than the rest of a launch, made by the kernel an allocator that is
-# the whole process's. warp_specialize crashes the compiler on two loops over keys (3.9), or does
-# nothing (3.6, of 8 warps).
+# tuning. Tensor descriptors would take 571, and 36 registers less (SASS of triton 3.9). Made on the
+# host they add to the Python of each launch (how much was not measured), made by the kernel they
+# need an allocator that is the whole process's. warp_specialize crashes the compiler on two loops
+# over keys (3.9), or does nothing (3.6, of 8 warps).
 FWD: dict[int, Tiles] = {
     80: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     90: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
