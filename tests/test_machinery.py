@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,8 @@ def train_on(rank: int, address: str, folder: str) -> None:
     model(x[2 * rank : 2 * rank + 2], target[2 * rank : 2 * rank + 2]).backward()
     grads = [p.grad for p in model.parameters()]
     torch.save(grads, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()  # no rank leaves while the other still talks to it
+    os._exit(0)  # gloo's teardown aborts one run in four, with any module and without fastattn
 
 
 def test_data_parallel_gradients_are_the_whole_batchs(tmp_path: Path) -> None:
