@@ -80,7 +80,7 @@ def remark(p: Problem) -> str | None:
     if _decodes(p):
         remarks.append("forward by the kernels for decoding, which split keys among blocks")
     if arch(p.q) == 90 and p.q.dtype != torch.float32:
-        reason = _tma_refuses(p)
+        reason = _not_hoppers(p)
         passes = "backward" if remarks else "forward and backward"
         remarks.append(f"{passes} by {reason or 'wgmma and TMA'}")
     return "; ".join(remarks) or None
@@ -103,8 +103,10 @@ def _multiprocessors(t: Tensor) -> int:
     return torch.cuda.get_device_properties(t.device).multi_processor_count
 
 
-def _tma_refuses(p: AttentionProblem) -> str | None:
-    """Why a problem isn't for Hopper's own kernels; csrc/cuda/tensor_map.cu decides."""
+def _not_hoppers(p: AttentionProblem) -> str | None:
+    """Whose a problem is on Hopper instead, and why; csrc/cuda/tensor_map.cu decides."""
+    if not library.emulated() and 90 not in library.cuda_architectures():
+        return "the kernels of sm_80, as the library isn't built for sm_90"
     for name, t in (("q", p.q), ("k", p.k), ("v", p.v)):
         sizes_and_strides = zip(t.shape[:-1], t.stride()[:-1], strict=True)
         if t.numel() == 0:
@@ -130,9 +132,9 @@ def arch(t: Tensor) -> int:
 @functools.cache
 def _no_image(arch: int) -> str | None:
     """Machine code runs on devices of its major version and at least its minor one, PTX on any
-    later device."""
+    later device; but later ones than sm_75 take sm_80's kernels."""
     built = library.cuda_architectures()
-    if any(b // 10 == arch // 10 and b <= arch for b in built) or arch > max(built):
+    if any(b // 10 == arch // 10 and b <= arch for b in built) or arch > max(built) >= 80:
         return None
     return f"the library is built for {', '.join(f'sm_{b}' for b in built)}, not for sm_{arch}"
 

@@ -68,6 +68,20 @@ def test_a_device_needs_machine_code_or_ptx(monkeypatch: pytest.MonkeyPatch) -> 
         assert (reason is None) == served, arch
     assert reason is None
     assert "built for sm_75, sm_80, sm_90, not for sm_70" in backend_cuda._no_image.__wrapped__(70)
+    monkeypatch.setattr(library, "cuda_architectures", lambda: (75,))
+    assert "built for sm_75, not for sm_80" in backend_cuda._no_image.__wrapped__(80)
+
+
+def test_hopper_is_served_by_a_library_without_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_EMULATE", raising=False)
+    monkeypatch.setattr(backend_cuda, "arch", lambda t: 90)
+    for built, kernels in (
+        ((80,), "sm_80, as the library isn't built for sm_90"),
+        ((80, 90), "TMA"),
+    ):
+        monkeypatch.setattr(library, "cuda_architectures", lambda built=built: built)
+        assert backend_cuda._no_image.__wrapped__(90) is None
+        assert kernels in str(backend_cuda.remark(problem()))
 
 
 def test_a_missing_library_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,11 +20,11 @@ import nvcc  # noqa: E402
     [
         ("loss.cu", [75, 80, 90], ["75", "80", "90"], "90"),
         ("attn_sm75.cu", [75, 80, 90], ["75"], None),
-        ("attn_sm75.cu", [80], [], "75"),
+        ("attn_sm75.cu", [80], [], None),
         ("attn_sm80.cu", [75, 80, 90, 120], ["80", "90", "120"], "120"),
-        ("attn_sm80.cu", [75], [], "80"),
+        ("attn_sm80.cu", [75], [], None),
         ("attn_sm90.cu", [75, 80, 90, 120], ["90a"], None),
-        ("attn_sm90.cu", [80], [], "90a"),
+        ("attn_sm90.cu", [80], [], None),
     ],
 )
 def test_a_name_says_what_a_file_is_for(
@@ -32,6 +34,30 @@ def test_a_name_says_what_a_file_is_for(
     if ptx is not None:
         expected.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
     assert nvcc.targets(Path(name), archs) == expected
+
+
+@pytest.mark.skipif(nvcc.find() is None, reason="there is no nvcc")
+@pytest.mark.parametrize("archs", ["75", "80"])
+def test_what_is_for_other_architectures_is_not_asked_for(
+    archs: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Files of sm_75, sm_80 and sm_90 are left out, and the linker finds all that is called."""
+    monkeypatch.setenv("FASTATTN_CUDA_ARCHS", archs)
+    files = [nvcc.HERE / f"{name}.cu" for name in ("attn_fwd", "attn_bwd", "attn_fwd_sm90")]
+    nvcc.build(None, files=files, folder=tmp_path)
+    assert not (tmp_path / "attn_fwd_sm90.o").exists()
+    command = ["nm", "-u", "-C", tmp_path / "attn_fwd.o", tmp_path / "attn_bwd.o"]
+    missing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"attn_(?:fwd|bwd)_sm\d+", missing)) == {
+        f"attn_fwd_sm{archs}",
+        f"attn_bwd_sm{archs}",
+    }
+
+
+def test_the_longest_come_first() -> None:
+    names = [file.stem for file in nvcc.sources()]
+    assert names[:2] == ["attn_bwd_sm90", "attn_fwd_sm90"]
+    assert sorted(names) == sorted(file.stem for file in nvcc.HERE.glob("*.cu"))
 
 
 def test_architectures_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

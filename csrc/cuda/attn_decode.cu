@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "attn_decode.cuh"
+#include "generations.h"
 
 namespace fastattn::cuda {
 namespace decode {
@@ -176,14 +177,24 @@ bool aligned(const AttnDecodeParams& p) {
          begins_aligned(p.v_cache, p.v_stride);
 }
 
+// That of the tensor cores' kernel, or null where there is none.
+auto mma_launcher(DType dtype, const Device& device) -> decltype(&launch_sm80) {
+  if (dtype == DType::kF32) return nullptr;
+  if constexpr (has_kernels(80)) {
+    if (device.arch >= 80) return launch_sm80;
+  }
+  if constexpr (has_kernels(75)) {
+    if (device.arch < 80 && dtype == DType::kF16) return launch_sm75;
+  }
+  return nullptr;
+}
+
 // A tile's rows: one, four, or the 16 of tensor cores.
 int tile_rows(const AttnDecodeParams& p, const Device& device) {
   const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
-  const bool has_products =
-      p.dtype == DType::kF16 || (p.dtype == DType::kBF16 && device.arch >= 80);
   const bool fits = std::max(p.head_dim, p.head_dim_v) <= kMmaMaxDims;
   if (!aligned(p)) return 4;
-  return rows == 1 ? 1 : rows > 4 && has_products && fits ? kMmaRows : 4;
+  return rows == 1 ? 1 : rows > 4 && fits && mma_launcher(p.dtype, device) ? kMmaRows : 4;
 }
 
 int64_t row_tiles(const AttnDecodeParams& p, const Device& device) {
@@ -224,7 +235,7 @@ void run(const KernelParams& p, const Device& device) {
   if (!aligned(p)) {
     launch_tiles<T, 32, 4, false>(p, device, what);
   } else if (rows == kMmaRows) {
-    (device.arch < 80 ? launch_sm75 : launch_sm80)(p, device, what);
+    mma_launcher(p.dtype, device)(p, device, what);
   } else if (rows == 1) {
     launch_aligned<T, 1>(p, device, what);
   } else {

@@ -1,8 +1,7 @@
 // Which kernel computes attention's forward on which architecture and dtype, and its workspace.
-#include <stdexcept>
-
 #include "../block_range.h"
 #include "attn_fwd.h"
+#include "generations.h"
 
 namespace fastattn::cuda {
 
@@ -65,12 +64,16 @@ int64_t attn_fwd_workspace(const AttnFwdParams& p, const Device& device) {
 void attn_fwd(const AttnFwdParams& p, void* workspace, const Device& device) {
   if (decodes(p, device)) return attn_decode(as_decode(p), workspace, device);
   if (p.dtype == DType::kF32) return attn_fwd_fp32(p, device);
-  if (device.arch == 90 && attn_fwd_sm90_takes(p)) return attn_fwd_sm90(p, device);
-  if (device.arch >= 80) return attn_fwd_sm80(p, device);
-  if (p.dtype != DType::kF16) {
-    throw std::runtime_error("fastattn: attn_fwd: sm_75 has no bfloat16");
+  if constexpr (has_kernels(90)) {
+    if (device.arch == 90 && attn_fwd_sm90_takes(p)) return attn_fwd_sm90(p, device);
   }
-  attn_fwd_sm75(p, device);
+  if constexpr (has_kernels(80)) {
+    if (device.arch >= 80) return attn_fwd_sm80(p, device);
+  }
+  if constexpr (has_kernels(75)) {
+    if (device.arch < 80 && p.dtype == DType::kF16) return attn_fwd_sm75(p, device);
+  }
+  throw_no_kernel("attn_fwd", p.dtype, device);
 }
 
 }  // namespace fastattn::cuda

@@ -53,30 +53,29 @@ def architectures(nvcc: str) -> list[int]:
     return [arch for arch in ARCHITECTURES if f"sm_{arch}" in known]
 
 
+def generation(file: Path) -> int | None:
+    """75, 80 or 90 where the name ends in _sm75 (for sm_75 alone), _sm80 (for sm_80 and all later
+    ones) or _sm90 (for sm_90a alone)."""
+    _, mark, number = file.stem.rpartition("_sm")
+    return int(number) if mark else None
+
+
 def targets(file: Path, archs: Iterable[int]) -> list[str]:
-    """nvcc's -gencode options for a source. A name that ends in _sm75, _sm80 or _sm90 says what it
-    is for: sm_75 alone, sm_80 and all later ones, sm_90a alone. What is for none of `archs` must be
-    there to link, and is left as PTX, in half the time."""
-    archs = sorted(archs)
-    for suffix, arch, own in (("_sm75", 75, "75"), ("_sm90", 90, "90a")):
-        if file.stem.endswith(suffix):
-            return [_machine_code(own) if arch in archs else _ptx(own)]
-    if file.stem.endswith("_sm80"):
-        archs = [arch for arch in archs if arch >= 80]
-    newest = _ptx(str(archs[-1] if archs else 80))  # for GPUs yet to come
-    return [_machine_code(str(arch)) for arch in archs] + [newest]
-
-
-def _machine_code(arch: str) -> str:
-    return f"-gencode=arch=compute_{arch},code=sm_{arch}"
-
-
-def _ptx(arch: str) -> str:
-    return f"-gencode=arch=compute_{arch},code=compute_{arch}"
+    """nvcc's -gencode options for a source; none for one that no architecture of `archs` takes."""
+    archs, own = sorted(archs), generation(file)
+    if own in (75, 90):
+        name = {75: "75", 90: "90a"}[own]
+        return [f"-gencode=arch=compute_{name},code=sm_{name}"] if own in archs else []
+    archs = [arch for arch in archs if arch >= (own or 0)]
+    options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    if archs:  # and PTX for GPUs yet to come
+        options.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return options
 
 
 def sources() -> list[Path]:
-    return sorted(HERE.glob("*.cu"))
+    """Those that take longest first: with few compilers at a time, they then end together."""
+    return sorted(HERE.glob("*.cu"), key=lambda file: (-(generation(file) or 0), file))
 
 
 def torch_flags(torch, cpp_extension) -> tuple[list[str], list[str]]:
@@ -107,7 +106,7 @@ def build(
     files: Iterable[Path] | None = None,
     folder: Path = BUILD,
 ) -> list[Path]:
-    """Compiles every source, or `files`, in `folder`, and links the library if it has a name.
+    """Compiles the sources, or `files`, in `folder`, and links the library if it has a name.
     Returns ptxas' logs."""
     nvcc = find()
     assert nvcc is not None, "there is no nvcc"
@@ -119,11 +118,15 @@ def build(
         reads = ["-MD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)]
         return Step(target, [source], command + reads, log)
 
+    left_out = {generation(file) for file in sources() if not targets(file, archs)}
+    without = [f"-DFASTATTN_WITHOUT_SM{number}" for number in sorted(filter(None, left_out))]
+    flags = [*NVCC_FLAGS, f"-I{folder}", *without]
     steps = []
     for source in sources() if files is None else files:
-        target = folder / f"{source.stem}.o"
-        command = [nvcc, *NVCC_FLAGS, f"-I{folder}", *targets(source, archs)]
-        steps.append(compiled(target, source, command, target.with_suffix(".o.log")))
+        if options := targets(source, archs):
+            target = folder / f"{source.stem}.o"
+            command = [nvcc, *flags, *options]
+            steps.append(compiled(target, source, command, target.with_suffix(".o.log")))
     logs = [step.log for step in steps if step.log]
     if library is not None:
         defines = ["-DFASTATTN_CUDA", "-DUSE_CUDA"]
