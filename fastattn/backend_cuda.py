@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import library
+from . import files, library, proof
 from .backends import KERNEL_DTYPES, Problem
 from .compiled import Compiled
 from .problem import AttentionProblem, QKVGradients
@@ -62,14 +62,20 @@ def refuses(p: Problem, asked: bool) -> str | None:
     if not library.emulated():
         if first.device.type != "cuda":
             return f"the tensors are on {first.device}, not a CUDA device"
-        if not asked:
-            return "it has not been proved on hardware yet; backend='cuda' asks for it"
     elif not asked:
         return "here it runs in the emulator, only if asked for by name"
     elif first.is_cuda:
         return f"the tensors are on {first.device}, and the emulator takes those on the CPU"
     target = arch(first)
-    return (None if library.emulated() else _no_image(target)) or _no_kernel(p, target)
+    reason = (None if library.emulated() else _no_image(target)) or _no_kernel(p, target)
+    return reason or (None if asked else proof.missing("cuda", p))
+
+
+@functools.cache
+def fingerprint() -> str:
+    file = library.cuda_file()
+    assert file is not None
+    return files.sha256_of(file)
 
 
 def remark(p: Problem) -> str | None:

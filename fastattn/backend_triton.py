@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import os
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import proof
 from .backends import KERNEL_DTYPES, Problem
 from .problem import (
     AttentionProblem,
@@ -68,9 +72,15 @@ def refuses(p: Problem, asked: bool) -> str | None:
         return None
     if first.device.type != "cuda":
         return f"the tensors are on {first.device}, not a GPU"
-    if not asked:
-        return "it has not been proved on hardware yet; backend='triton' asks for it"
-    return _too_old(first.device)
+    return _too_old(first.device) or (None if asked else proof.missing("triton", p))
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of the kernels' sources and the compiler."""
+    folder = Path(str(_kernels("interpreter").__file__)).parent
+    sources = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
+    return f"triton {metadata.version('triton')} {hashlib.sha256(sources).hexdigest()}"
 
 
 @functools.cache

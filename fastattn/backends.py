@@ -52,6 +52,10 @@ class Backend(NamedTuple):
         """None, or why this backend can't take this problem; `asked` for by name or not."""
         return self.unusable() or self._load().refuses(p, asked)
 
+    def fingerprint(self) -> str:
+        """Changes with the kernels; of a usable backend for GPUs."""
+        return self._load().fingerprint()
+
     def remark(self, p: Problem) -> str | None:
         """What there is to say on how this backend takes a problem that it doesn't refuse."""
         remark = getattr(self._load(), "remark", None)
@@ -110,6 +114,10 @@ TABLE = (
     Backend("reference", "eager PyTorch, the specification", ".backend_reference"),
 )
 _BY_NAME = {row.name: row for row in TABLE}
+
+
+def row(name: str) -> Backend:
+    return _BY_NAME[name]
 
 
 def requested(backend: str | None) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import AttentionProblem, CrossEntropyProblem
+from .problem import AttentionProblem, CrossEntropyProblem, LinearCrossEntropyProblem
 
 CAUSAL = (-1, 0)
 
@@ -336,4 +336,28 @@ def make_cross_entropy_problem(
         case.label_smoothing,
         case.z_loss,
         case.softcap,
+    )
+
+
+LINEAR_CE_CASES = tuple(
+    case for case in CE_CASES if case.vocab <= 1000 and not (case.padding or case.offset)
+)
+
+
+def make_linear_cross_entropy_problem(
+    case: CrossEntropyCase,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    channels: int = 70,  # more than one step of a kernel, the last of them not whole
+    bias: bool = True,
+) -> LinearCrossEntropyProblem:
+    """The case's targets and options over a last layer whose logits have about its spread."""
+    targets_and_options = make_cross_entropy_problem(case, torch.float32, seed, device)[1:]
+    rng = Normal(seed + 1, device)
+    return LinearCrossEntropyProblem(
+        (case.spread * rng((case.rows, channels))).to(dtype),
+        (channels**-0.5 * rng((case.vocab, channels))).to(dtype),
+        rng((case.vocab,), dtype) if bias else None,
+        *targets_and_options,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 COMMANDS = {
     "info": "the machine, the backends, and why each is or isn't usable",
+    "check": "hold the kernels to float64 on this GPU; those that pass are chosen from then on",
     "prepare": "turn text into a dataset folder of tokens",
     "train": "train a GPT on a dataset folder, or resume a run",
     "eval": "the exact loss of a trained model on a whole split",
@@ -70,6 +71,10 @@ With FASTATTN_TRACEBACK=1 an error shows where it came from."""
 def run(name: str, argv: list[str]) -> int:
     if name == "bench":
         return bench(argv)
+    if name == "check":
+        from . import proof
+
+        return proof.main(argv)
     if name == "info":
         info(argv)
     elif importlib.util.find_spec("tyro") is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, info, report, trainer
+from . import checkpoint, info, proof, report, trainer
 from .attention import attention, explain
 from .data import prepare
 from .memory import peak_memory
@@ -24,11 +24,16 @@ def demo(out: Path, minutes: float) -> None:
     heading("This machine")
     print(info.report())
 
+    config = dataclasses.replace(PRESETS["demo"], out=out, max_minutes=minutes)
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        heading("Proving the kernels on this GPU")
+        proof.prove(device, proof.ON_GPUS)
+
     heading("Our attention against float64")
-    print(check_attention())
+    print(check_attention(device))
 
     heading("Training")
-    config = dataclasses.replace(PRESETS["demo"], out=out, max_minutes=minutes)
     prepare("shakespeare", "char", config.data)
     trained = trainer.train(config, overwrite=True)
     loss = trained.evaluate(None)
@@ -54,11 +59,11 @@ def heading(title: str) -> None:
 # ---- check -------------------------------------------------------------------------------------
 
 
-def check_attention() -> str:
+def check_attention(device: torch.device) -> str:
     """Output and gradients in fp32 on the chosen backend and in eager PyTorch, against fp64."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, 257, 4, 64)  # (B, S, H, D)
-    q, k, v, dout = (torch.randn(shape, generator=generator) for _ in range(4))
+    q, k, v, dout = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
     exact = outputs(q.double(), k.double(), v.double(), dout.double(), "reference")
     lines = [
         "q, k, v of (B, S, H, D) = (2, 257, 4, 64), causal, fp32. fastattn.explain(q, k, v):",

@@ -11,7 +11,7 @@ import json
 import lzma
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,6 +63,20 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} is not valid JSON: {error}") from None
+
+
+def cache_folder() -> Path:
+    """Where what was found out about this machine is kept."""
+    return Path(os.environ.get("FASTATTN_CACHE") or Path.home() / ".cache" / "fastattn")
+
+
+def read_cache(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a file there; none where there is no such file, or one that can't be read."""
+    with suppress(OSError, ValueError):
+        content = read_json(path)
+        if isinstance(content, dict):
+            return {key: table for key, table in content.items() if isinstance(table, dict)}
+    return {}
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backend_triton, library
+from . import __version__, backend_triton, library, proof
 from .backends import TABLE
 
 EXTRAS = {
@@ -115,6 +115,8 @@ def backends() -> list[Line]:
             rows.append(("", cuda_target()))
         if row.name == "triton" and reason is None:
             rows.append(("", triton_version()))
+        if row.name in proof.ON_GPUS and reason is None and torch.cuda.is_available():
+            rows.append(("", proofs(row.name)))
     if forced := os.environ.get("FASTATTN_BACKEND"):
         known = forced in {row.name for row in TABLE}
         rows.append(("forced", f"FASTATTN_BACKEND={forced}" + ("" if known else " is no backend")))
@@ -146,6 +148,15 @@ def triton_version() -> str:
     """Triton's version, and whether it interprets."""
     where = " in its interpreter; only if asked for" if backend_triton.interpreted() else ""
     return f"triton {installed_version('triton')}{where}"
+
+
+def proofs(backend: str) -> str:
+    """What was proved on the current GPU."""
+    passed = proof.proved(backend, torch.device("cuda", torch.cuda.current_device()))
+    missing = [kind for kind in proof.KIND_OF.values() if kind not in passed]
+    if not missing:
+        return "proved on this GPU, so chosen by itself"
+    return f"only if asked for, until `fastattn check` has proved on this GPU: {', '.join(missing)}"
 
 
 # ---- packages ----------------------------------------------------------------------------------

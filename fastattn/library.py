@@ -49,7 +49,7 @@ def cuda_load_error() -> str | None:
     """Load the CUDA kernels, or the emulator's; None, or the reason why they can't be."""
     if emulated():
         return _load(Path(os.environ["FASTATTN_EMULATE"]).resolve(), "fastattn_emulated")
-    file = _find("_cuda*.so", "FASTATTN_CUDA_LIBRARY")
+    file = cuda_file()
     if file is None:
         return (
             "fastattn/_cuda*.so is missing: the package was installed without its CUDA kernels"
@@ -62,6 +62,10 @@ def cuda_load_error() -> str | None:
 def cuda_architectures() -> tuple[int, ...]:
     """What the loaded CUDA kernels are built for, as 75, 80, 90 …; PTX of the last of them too."""
     return tuple(sorted(int(a) for a in torch.ops.fastattn_cuda.architectures().split(";")))
+
+
+def cuda_file() -> Path | None:
+    return _find("_cuda*.so", "FASTATTN_CUDA_LIBRARY")
 
 
 def emulated() -> bool:

@@ -21,19 +21,27 @@ from .cases import (
     CASES,
     CAUSAL,
     CE_CASES,
+    LINEAR_CE_CASES,
     Case,
     CrossEntropyCase,
     make_cross_entropy_problem,
+    make_linear_cross_entropy_problem,
     make_problem,
 )
 from .cases_decode import DECODE_CASES, DecodeCase, make_decode_problem
-from .problem import AttentionProblem, CrossEntropyProblem, DecodeProblem
+from .problem import (
+    AttentionProblem,
+    CrossEntropyProblem,
+    DecodeProblem,
+    LinearCrossEntropyProblem,
+)
 
 __all__ = [
     "CASES",
     "CAUSAL",
     "CE_CASES",
     "DECODE_CASES",
+    "LINEAR_CE_CASES",
     "Case",
     "CrossEntropyCase",
     "DecodeCase",
@@ -44,14 +52,19 @@ __all__ = [
     "check_attention",
     "check_cross_entropy",
     "check_decode",
+    "check_linear_cross_entropy",
     "cross_entropy_expected",
     "cross_entropy_results",
     "decode_results",
     "eager_attention",
     "eager_cross_entropy",
     "eager_decode",
+    "eager_linear_cross_entropy",
+    "linear_cross_entropy_expected",
+    "linear_cross_entropy_results",
     "make_cross_entropy_problem",
     "make_decode_problem",
+    "make_linear_cross_entropy_problem",
     "make_problem",
     "random_like",
     "to_float64",
@@ -64,7 +77,10 @@ Results = dict[str, Tensor]  # by the names of the glossary: out, lse, dq, …
 AttentionFunction = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
 DecodeFunction = Callable[[DecodeProblem], tuple[Tensor, Tensor]]
 CrossEntropyFunction = Callable[[CrossEntropyProblem], tuple[Tensor, Tensor]]
-Problem = TypeVar("Problem", AttentionProblem, DecodeProblem, CrossEntropyProblem)
+LinearCrossEntropyFunction = Callable[[LinearCrossEntropyProblem], tuple[Tensor, Tensor]]
+Problem = TypeVar(
+    "Problem", AttentionProblem, DecodeProblem, CrossEntropyProblem, LinearCrossEntropyProblem
+)
 
 
 # --- the bound ------------------------------------------------------------------------------------
@@ -285,3 +301,43 @@ def eager_cross_entropy(p: CrossEntropyProblem) -> tuple[Tensor, Tensor]:
     lse = torch.logsumexp(z, dim=-1)
     z_loss = (p.z_loss * lse.square()).masked_fill(p.target == p.ignore_index, 0.0)
     return loss + z_loss, lse
+
+
+# --- linear cross-entropy -------------------------------------------------------------------------
+
+
+def check_linear_cross_entropy(
+    function: LinearCrossEntropyFunction, p: LinearCrossEntropyProblem, seed: int = 1
+) -> None:
+    """Holds function(p) → (loss, lse), each (N,), and its gradients by autograd, to the bound."""
+    ours = linear_cross_entropy_results(function, p, seed)
+    assert ours["loss"].dtype == ours["lse"].dtype == torch.float32
+    assert_results_close(ours, *linear_cross_entropy_expected(p, seed))
+
+
+def linear_cross_entropy_results(
+    function: LinearCrossEntropyFunction, p: LinearCrossEntropyProblem, seed: int = 1
+) -> Results:
+    """loss, lse, dx, dlinear_weight and, where p has it, dlinear_bias, for random gradients."""
+    inputs = {name: getattr(p, name) for name in ("x", "linear_weight", "linear_bias")}
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if x is not None}
+    loss, lse = function(p._replace(**leaves))
+    dloss, dlse = random_like(loss, seed), random_like(lse, seed + 1)
+    grads = torch.autograd.grad((loss, lse), list(leaves.values()), (dloss, dlse))
+    names = (f"d{name}" for name in leaves)
+    return {"loss": loss.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def linear_cross_entropy_expected(
+    p: LinearCrossEntropyProblem, seed: int = 1
+) -> tuple[Results, Results]:
+    """What `linear_cross_entropy_results` should be: in float64, and in the inputs' dtype."""
+    ref64 = linear_cross_entropy_results(eager_linear_cross_entropy, to_float64(p), seed)
+    return ref64, linear_cross_entropy_results(eager_linear_cross_entropy, p, seed)
+
+
+def eager_linear_cross_entropy(p: LinearCrossEntropyProblem) -> tuple[Tensor, Tensor]:
+    """A linear layer in the inputs' dtype, then the cross-entropy of its logits."""
+    logits = F.linear(p.x, p.linear_weight, p.linear_bias)
+    function = reference.cross_entropy if logits.dtype == torch.float64 else eager_cross_entropy
+    return function(CrossEntropyProblem(logits, *p[3:]))

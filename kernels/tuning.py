@@ -9,7 +9,6 @@ and by what the kernel is compiled from.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import warnings
@@ -43,7 +42,7 @@ def best(launch: Any, plan: Callable[[Tile], Any]) -> tuple[Tile, bool]:
     """(tile, whether that is final): what is known for `launch`, else the fastest of `plan`'s.
     While a CUDA graph is captured nothing is tried, and the launch's own tile is not final."""
     path, kernel, problem = path_for(device_name()), kernel_key(launch), class_of(launch)
-    known = _tile(_read(path).get(kernel, {}).get(problem))
+    known = _tile(files.read_cache(path).get(kernel, {}).get(problem))
     if known is None:
         known = _here.get((path, kernel, problem))
     if known is not None:
@@ -97,8 +96,7 @@ def device_name() -> str:
 
 
 def path_for(device: str) -> Path:
-    cache = os.environ.get("FASTATTN_CACHE") or Path.home() / ".cache" / "fastattn"
-    return Path(cache) / f"triton-tiles-{re.sub('[^a-zA-Z0-9]+', '-', device)}.json"
+    return files.cache_folder() / f"triton-tiles-{re.sub('[^a-zA-Z0-9]+', '-', device)}.json"
 
 
 def kernel_key(launch: Any) -> str:
@@ -129,22 +127,13 @@ def _kinds(arguments: tuple[Any, ...]) -> Iterator[str]:
             yield "-" if x is None else "n"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """{kernel: {problem: tile}}; nothing where there is no such file, or none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        content = files.read_json(path)
-        if isinstance(content, dict):
-            return {k: v for k, v in content.items() if isinstance(v, dict)}
-    return {}
-
-
 def _tile(numbers: Any) -> Tile | None:
     ok = isinstance(numbers, list) and len(numbers) == 4
     return Tile(*numbers) if ok and all(type(n) is int and n > 0 for n in numbers) else None
 
 
 def _keep(path: Path, kernel: str, problem: str, tile: Tile) -> None:
-    known = _read(path)
+    known = files.read_cache(path)
     known.setdefault(kernel, {})[problem] = list(tile)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

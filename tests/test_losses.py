@@ -17,12 +17,16 @@ import fastattn
 from fastattn import reference
 from fastattn.testing import (
     CE_CASES,
+    LINEAR_CE_CASES,
     CrossEntropyCase,
     Results,
     assert_results_close,
     cross_entropy_expected,
     cross_entropy_results,
+    linear_cross_entropy_expected,
+    linear_cross_entropy_results,
     make_cross_entropy_problem,
+    make_linear_cross_entropy_problem,
     to_float64,
 )
 
@@ -30,15 +34,15 @@ pytestmark = pytest.mark.emulated
 
 # --- the shared grid ------------------------------------------------------------------------------
 
-_expected: dict[tuple[str, torch.dtype], tuple[Results, Results]] = {}
 
-
+@functools.cache  # once for all backends
 def expected_of(case: CrossEntropyCase, dtype: torch.dtype) -> tuple[Results, Results]:
-    """Computed once for all backends."""
-    key = (case.name, dtype)
-    if key not in _expected:
-        _expected[key] = cross_entropy_expected(make_cross_entropy_problem(case, dtype))
-    return _expected[key]
+    return cross_entropy_expected(make_cross_entropy_problem(case, dtype))
+
+
+@functools.cache
+def linear_expected_of(case: CrossEntropyCase, dtype: torch.dtype) -> tuple[Results, Results]:
+    return linear_cross_entropy_expected(make_linear_cross_entropy_problem(case, dtype))
 
 
 @pytest.mark.parametrize("dtype", public.KERNEL_DTYPES, ids=public.name_of)
@@ -51,6 +55,18 @@ def test_keeps_the_contract(
     assert ours["loss"].dtype == ours["lse"].dtype == torch.float32
     assert ours["dlogits"].dtype == dtype
     assert_results_close(ours, *expected_of(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", public.KERNEL_DTYPES, ids=public.name_of)
+@pytest.mark.parametrize("case", LINEAR_CE_CASES, ids=str)
+def test_linear_keeps_the_contract(
+    backend: str, case: CrossEntropyCase, dtype: torch.dtype, poisoned: None
+) -> None:
+    function = functools.partial(public.linear_cross_entropy, backend=backend)
+    ours = linear_cross_entropy_results(function, make_linear_cross_entropy_problem(case, dtype))
+    assert ours["loss"].dtype == ours["lse"].dtype == torch.float32
+    assert ours["dx"].dtype == ours["dlinear_weight"].dtype == dtype
+    assert_results_close(ours, *linear_expected_of(case, dtype))
 
 
 @pytest.mark.parametrize("case", CE_CASES, ids=str)

@@ -16,6 +16,7 @@ import gates
 import torch
 from torch.utils import cpp_extension
 
+from fastattn import proof
 from gpu import calibration
 from gpu.journal import ROOT, Outcome, Step, version_of
 
@@ -30,6 +31,7 @@ SANITIZED = (
     "splits-5", "mha", "mqa", "append-5-causal", "paged-everything", "dim-3",
     "plain", "vocab-1000", "weight-smoothing", "padded", "softcap",
 )  # fmt: skip
+SANITIZED_KINDS = ("attention", "decode", "cross_entropy")  # these have all kernels
 TOOLS = {
     "memcheck": ["--leak-check", "no"],
     "racecheck": ["--racecheck-report", "all"],
@@ -206,13 +208,13 @@ def calibrate_steps(target: Target) -> list[Step]:
 def test_steps(target: Target) -> list[Step]:
     """A step a file, by pytest; without pytest the shared grid alone."""
     if version_of("pytest") is None:
-        kinds = ("attention", "decode", "cross_entropy")
+        kinds = proof.KIND_OF.values()
         return [Step(f"grid-{kind}", partial(check_grid, target, kind)) for kind in kinds]
     return [Step(f.stem, partial(run_tests, target, f)) for f in target.test_files()]
 
 
 def check_grid(target: Target, kind: str, seconds: float) -> Outcome:
-    command = [sys.executable, "-m", "gpu.cases", kind, "--check", *target.case_options]
+    command = [sys.executable, "-m", "fastattn.check", kind, *target.case_options]
     done = run(target, command, seconds)
     text = f"there is no pytest here, so the shared grid alone ran\n{done.stdout[-4000:]}"
     return Outcome("passed" if done.returncode == 0 else "failed", text)
@@ -262,7 +264,8 @@ def sanitize(target: Target, tool: str, seconds: float) -> Outcome:
     prefix = target.sanitizer(tool)
     if prefix is None:
         return Outcome("skipped", "there is no compute-sanitizer beside nvcc or on PATH")
-    command = [*prefix, sys.executable, "-m", "gpu.cases", "--names", *target.sanitized]
+    command = [*prefix, sys.executable, "-m", "fastattn.check", *SANITIZED_KINDS, "--only-run"]
+    command += ["--names", *target.sanitized]
     # Without torch's cache every tensor is an allocation of its own, with bounds to watch.
     target.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     done = run(target, [*command, *target.case_options], seconds)
