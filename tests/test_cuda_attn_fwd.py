@@ -20,7 +20,10 @@ from fastattn.testing import (
     CASES,
     CAUSAL,
     Case,
+    assert_close_to_reference,
     assert_results_close,
+    attention_expected,
+    attention_results,
     eager_attention,
     make_problem,
     to_float64,
@@ -98,6 +101,17 @@ def test_few_queries_are_decoded(emulator: Library, case: Case, poisoned: None) 
     decoded = any(place.startswith("attn_decode") for place in emulator.passed_places())
     assert decoded == (case in FEW_QUERIES)
     assert decoded == ("by the kernels for decoding" in (backend_cuda.remark(p) or ""))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_fp32_errs_no_more_than_eager(emulated_arch: int, head_dim: int) -> None:
+    """But for one rounding: the bound without its factor. Of the gradients too."""
+    case = Case("", (1, 33, 129), (2, 1), head_dim, window=CAUSAL)
+    p = make_problem(case, torch.float32)
+    results = attention_results(lambda problem: public.attention(problem, "cuda"), p)
+    ref64, eager = attention_expected(p)
+    for name, ours in results.items():
+        assert_close_to_reference(ours, ref64[name], eager[name], 1.0, name)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)

@@ -26,14 +26,31 @@
 
 namespace fastattn::cuda {
 
-// delta and lse, a warp to a row. Grid: rows, heads, batch.
+// One row of (B, H_q, S_q) for every warp. Blocks are counted by one number: a grid's second and
+// third end at 65535, and batches of windows may be longer.
+struct WarpRow {
+  static constexpr int kWarps = 4;  // a block
+  int query, head, batch;
+
+  static Grid grid(const AttnFwdParams& p) {
+    return {ceil_div(p.seqlen_q, kWarps) * p.heads_q * p.batch, 1, 1, 32 * kWarps};
+  }
+  FASTATTN_DEVICE explicit WarpRow(const AttnFwdParams& p) {
+    const unsigned heads = p.heads_q, blocks = ceil_div(p.seqlen_q, kWarps);  // of a head
+    query = blockIdx.x % blocks * kWarps + threadIdx.x / 32;
+    head = blockIdx.x / blocks % heads;
+    batch = blockIdx.x / blocks / heads;
+  }
+};
+
+// delta and lse, a warp to a row.
 template <class T>
 __global__ void __launch_bounds__(128)
     attn_bwd_prep_kernel(const __grid_constant__ AttnBwdLaunch launch) {
   const AttnBwdParams& b = launch.params;
   const AttnFwdParams& p = b.fwd;
-  const int head = blockIdx.y, batch = blockIdx.z, lane = threadIdx.x % 32;
-  const int query = blockIdx.x * 4 + threadIdx.x / 32;
+  const auto [query, head, batch] = WarpRow(p);
+  const int lane = threadIdx.x % 32;
   const Sequence s = sequence_at(p, batch);
   if (query >= s.seqlen_q) return;
   const int64_t row = s.q_row + query;
@@ -316,8 +333,7 @@ void launch_attn_bwd(const AttnBwdParams& b, void* workspace, const Device& devi
                          rows_aligned<T>(b.dk, b.dk_stride, p.head_dim) &&
                          rows_aligned<T>(b.dv, b.dv_stride, p.head_dim_v);
   const std::string shape = describe(p);
-  launch(attn_bwd_prep_kernel<T>, {ceil_div(p.seqlen_q, 4), p.heads_q, p.batch, 128}, params,
-         device, "attn_bwd_prep of " + shape);
+  launch(attn_bwd_prep_kernel<T>, WarpRow::grid(p), params, device, "attn_bwd_prep of " + shape);
   if (b.dsinks) {
     launch(attn_bwd_dsinks_kernel, {p.heads_q, 1, 1, 32}, params, device,
            "attn_bwd_dsinks of " + shape);

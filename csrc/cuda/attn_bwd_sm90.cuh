@@ -182,13 +182,13 @@ struct DQStoreLaunch {
   int columns;
 };
 
-// dQ of the sums, a warp to a row. Grid: rows, heads, batch.
+// dQ of the sums, a warp to a row.
 template <class T>
 __global__ void __launch_bounds__(128)
     attn_bwd_dq_store_kernel(const __grid_constant__ DQStoreLaunch launch) {
   const AttnBwdParams& b = launch.params;
   const AttnFwdParams& p = b.fwd;
-  const int head = blockIdx.y, batch = blockIdx.z, query = blockIdx.x * 4 + threadIdx.x / 32;
+  const auto [query, head, batch] = WarpRow(p);
   const Sequence s = sequence_at(p, batch);
   if (query >= s.seqlen_q) return;
   const int64_t row = s.q_row + query, first = p.cu_seqlens_q ? 0 : batch;
@@ -248,7 +248,7 @@ void launch_attn_bwd_sm90(const AttnBwdParams& b, void* workspace, const Device&
   params.dq = tensor_map(mapped_sums);
 
   const std::string shape = describe(p);
-  const Grid rows{ceil_div(p.seqlen_q, 4), p.heads_q, p.batch, 128};
+  const Grid rows = WarpRow::grid(p);
   launch(attn_bwd_prep_kernel<T>, rows, params.bwd, device, "attn_bwd_prep of " + shape);
   if (b.dsinks) {
     launch(attn_bwd_dsinks_kernel, {p.heads_q, 1, 1, 32}, params.bwd, device,

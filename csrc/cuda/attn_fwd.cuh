@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads(),
 template <class Arch, class T, int kHeadDim, Scores kScores>
 void launch_attn_fwd(AttnFwdLaunch params, const Device& device) {
   constexpr FwdTile kTile = fwd_tile<Arch>(kHeadDim, kScores);
+  static_assert(kTile.shared_bytes() <= Arch::kMostShared);
   params.order = make_work_order(params.params, kTile.block_m, sizeof(T));
   const Grid grid{params.order.items(), 1, 1, kTile.threads(), kTile.shared_bytes()};
   launch(attn_fwd_kernel<Arch, T, kHeadDim, kScores>, grid, params, device,

@@ -169,6 +169,7 @@ struct BwdTile {
   static constexpr int kKeyStages = Math::kHolds && kHeadDim <= 128 ? 2 : 1;
   static constexpr int kDQBytes = 2 * (kBlockM + kKeyStages * kBlockN) * kRowBytes;
   static constexpr int kDKVBytes = 2 * (kBlockM + kBlockQ) * kRowBytes + 2 * 4 * kBlockQ;
+  static_assert(greater(kDQBytes, kDKVBytes) <= 64 << 10);  // for all architectures
 };
 
 }  // namespace fastattn::cuda

@@ -12,10 +12,12 @@ namespace fastattn::cuda {
 // fp16 alone, products 8 deep, and copies to shared memory pass through registers.
 struct Sm75 {
   static constexpr bool kAsyncCopy = false;
+  static constexpr int kMostShared = 64 << 10;  // bytes a block of threads may have
 };
 // fp16 and bf16, products 16 deep, and copies that need no registers.
 struct Sm80 {
   static constexpr bool kAsyncCopy = true;
+  static constexpr int kMostShared = 99 << 10;  // of sm_86, sm_89 and sm_120, which have least
 };
 
 // d (16, 8) += a (16, 16) · b (16, 8)

@@ -11,25 +11,30 @@
 namespace fastattn::cuda {
 
 struct Grid {
-  int64_t x, y = 1, z = 1;  // blocks; at most 2³¹ − 1, 65535, 65535
+  int64_t x, y = 1, z = 1;  // blocks
   int threads;              // a block
   int shared_bytes = 0;     // dynamic shared memory a block
 };
 
 // `what` names kernel and shape in an error. A grid without blocks starts nothing.
+//
+// It only puts the kernel into the stream: nothing waits, so that CUDA graphs may capture it.
 template <class Params>
 void launch(void (*kernel)(Params), const Grid& grid, const Params& params, const Device& device,
             const std::string& what) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const auto fail = [&](const char* why) {
+    throw std::runtime_error("fastattn: " + what + ": " + why);
+  };
+  if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    fail("more blocks than a grid takes");
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                     static_cast<unsigned>(grid.z));
 #ifdef FASTATTN_EMULATE
   emulator::launch(blocks, dim3(grid.threads), grid.shared_bytes, what, [&] { kernel(params); });
 #else
   const auto check = [&](cudaError_t error) {
-    if (error != cudaSuccess) {
-      throw std::runtime_error("fastattn: " + what + ": " + cudaGetErrorString(error));
-    }
+    if (error != cudaSuccess) fail(cudaGetErrorString(error));
   };
   if (grid.shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

@@ -38,28 +38,36 @@ FASTATTN_DEVICE float dot(const float4& a, const float4& b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
 }
 
-// scores = A (rows row … of sA) · Bᵀ
+// scores = A (rows row … of sA) · Bᵀ. Sums of kPart products are made apart and added up then, as
+// matrix products in blocks have it: one long sum would round more.
 template <int kN, int kHeadDim>
 FASTATTN_DEVICE void multiply_rows(float (&scores)[1][kN][4], const FloatTile<kHeadDim>& sA,
                                    int row, const FloatTile<kHeadDim>& sB) {
+  constexpr int kPart = 32;
   const int lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
   clear(scores);
+#pragma unroll 1
+  for (int first = 0; first < kHeadDim; first += kPart) {
+    float part[kN][4] = {};
 #pragma unroll 2
-  for (int d = 0; d < kHeadDim; d += 4) {
-    float4 a[2], b;
+    for (int d = first; d < first + kPart; d += 4) {
+      float4 a[2], b;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      a[half] = *reinterpret_cast<const float4*>(sA.row(row + group + 8 * half) + d);
-    }
+      for (int half = 0; half < 2; half++) {
+        a[half] = *reinterpret_cast<const float4*>(sA.row(row + group + 8 * half) + d);
+      }
 #pragma unroll
-    for (int n = 0; n < kN; n++) {
+      for (int n = 0; n < kN; n++) {
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        b = *reinterpret_cast<const float4*>(sB.row(8 * n + 2 * t + e) + d);
-        scores[0][n][e] = dot(a[0], b, scores[0][n][e]);
-        scores[0][n][2 + e] = dot(a[1], b, scores[0][n][2 + e]);
+        for (int e = 0; e < 2; e++) {
+          b = *reinterpret_cast<const float4*>(sB.row(8 * n + 2 * t + e) + d);
+          part[n][e] = dot(a[0], b, part[n][e]);
+          part[n][2 + e] = dot(a[1], b, part[n][2 + e]);
+        }
       }
     }
+    for_each_element(
+        scores, [&](float& score, int, int n, int half, int e) { score += part[n][2 * half + e]; });
   }
 }
 
