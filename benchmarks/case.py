@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fastattn import backends
 
+DEVICES = ("cpu", "cuda")
+DEVICES_OF = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}  # of fastattn's backends
+
 Inputs = dict[str, Any]  # by the names of the glossary; the same tensors for every peer
 Results = Mapping[str, Tensor]  # likewise, in fastattn's layouts
 
@@ -99,7 +102,7 @@ class Peer:
     suites: frozenset[str]
     prepare: Callable[[Case, Inputs], Call]
     module: str = "torch"  # imported first: absent, the peer is
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] = DEVICES
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     features: frozenset[str] = frozenset()  # of Case.features, those it has
     compiles: bool = False  # seconds to minutes at the first call
@@ -139,17 +142,12 @@ def our_peers(suites: frozenset[str], prepare: Callable, features: frozenset[str
             suites=suites,
             prepare=prepare(row.name),
             features=features,
+            devices=DEVICES_OF.get(row.name, DEVICES),
             backend=row.name,
-            unfit=lambda case, row=row: row.unusable() or _only_imitated(row),
+            unfit=lambda case, row=row: row.unusable(),
         )
         for row in backends.TABLE
     ]
-
-
-def _only_imitated(row: backends.Backend) -> str | None:
-    if row.name in ("cuda", "triton") and not torch.cuda.is_available():
-        return "there is no GPU, only an emulator or interpreter"
-    return None
 
 
 def short(dtype: torch.dtype | str) -> str:

@@ -19,7 +19,8 @@ from .suites import SUITES, cases, peers
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 COMMANDS = {"report": report.main, "compare": compare.main, "check": compare.check_main}
 SECONDS = {"cpu": 3.0, "cuda": 0.5}  # of timing, a case
-QUICK_SECONDS = 0.15
+QUICK_SECONDS, QUICK_BUDGET = 0.15, 50.0
+LEFT_OUT = "the time budget left out"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +60,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", nargs="+", default=(), help="only these of fastattn's backends")
     p.add_argument("--peer", nargs="+", default=(), help="only these peers: words of their names")
     p.add_argument("--quick", action="store_true", help="small shapes, under a minute")
-    p.add_argument("--budget", type=float, help="seconds of the whole run; most telling first")
+    p.add_argument(
+        "--budget",
+        type=float,
+        help="seconds of the whole run, the most telling cases"
+        f" first; default: as long as it takes, --quick {QUICK_BUDGET:.0f}",
+    )
     p.add_argument("--seconds", type=float, help="of timing, a case (default: cpu 3, cuda 0.5)")
     p.add_argument("--threads", type=int, help="of the CPU; default: every core")
     p.add_argument(
@@ -70,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         " benchmarks/results",
     )
     p.add_argument("--resume", action="store_true", help="go on with that file's missing cases")
+    p.add_argument("--no-pictures", action="store_true", help="`report` draws them later")
     p.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)  # a child's
     p.add_argument("--list", action="store_true", help="only list the cases and peers")
     return p
@@ -93,6 +100,8 @@ def run(argv: list[str]) -> int:
     out = args.out
     if out.suffix != ".json":
         out = out / stamp["kind"] / results.file_name(stamp)
+    if args.budget is None and args.quick:
+        args.budget = QUICK_BUDGET
     if kind == "cuda" and not args.supervised:
         return under_supervision(argv, out, args.budget)
     plan = Plan(
@@ -118,12 +127,12 @@ def run(argv: list[str]) -> int:
     order = sorted(bench.document["results"], key=lambda r: SUITES.index(r["suite"]))
     show.summary(order)
     print(f"Ceilings: {report.ceilings(bench.document)}")
-    pictures = plots.draw(bench.document, out)
-    print(f"wrote {out} and {len(pictures)} pictures beside it")
+    pictures = [] if args.no_pictures else plots.draw(bench.document, out)
+    print(f"wrote {out}" + (f" and {len(pictures)} pictures beside it" if pictures else ""))
     if not complete:
         have = {results.key(r) for r in order}  # of other suites too, where a run goes on
         left = sum(key_of(case) not in have for case in chosen)
-        print(f"the time budget of {args.budget:g} s left out {left} of {len(chosen)} cases")
+        print(f"{LEFT_OUT} {left} of {len(chosen)} cases")
     return 0
 
 

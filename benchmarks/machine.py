@@ -84,15 +84,24 @@ def isa() -> str:
 
 
 def commit() -> str:
-    """The short hash, with a + behind it where sources differ from it."""
-    where = Path(__file__).parent
-    git = {"capture_output": True, "text": True, "cwd": where}
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git)  # type: ignore[call-overload]
-    if head.returncode:
-        return "unknown"
+    """The short hash, with a + behind it where sources differ from it.
+
+    In a copy without git's folder, or without git, what FASTATTN_COMMIT says.
+    """
+    head = git("rev-parse", "--short", "HEAD")
+    if head is None:
+        return os.environ.get("FASTATTN_COMMIT", "unknown")
     sources = ["..", ":!../benchmarks/results", ":!../docs", ":!../README.md"]
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno", *sources], **git)  # type: ignore[call-overload]
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return head + ("+" if git("status", "--porcelain", "-uno", "--", *sources) else "")
+
+
+def git(*words: str) -> str | None:
+    where = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=where)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def clocks(device: torch.device) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Imports are timed in fresh processes, beside torch's alone, which is most of it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import CORES
+from . import unbound
 from .case import Call, Case, Inputs, Peer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,12 +49,7 @@ class Package(Case):
 
 
 def outside(command: list[str], cwd: Path | None = None) -> None:
-    """In a process that may use every core, as this one could before its threads were bound."""
-    free = None if not CORES else lambda: os.sched_setaffinity(0, CORES)
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
-    done = subprocess.run(
-        command, cwd=cwd, env=variables, preexec_fn=free, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, **unbound())
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip()[-500:])
 

@@ -7,7 +7,10 @@ and none begins that would not fit.
 from __future__ import annotations
 
 import gc
+import re
+import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +25,13 @@ from .ceilings import Ceilings
 from .device import Device
 from .timing import MIN_ROUNDS, interleave, timing
 
-RECENT = 5  # cases whose durations tell what the next may take
+RECENT = 5  # cases of a suite whose durations tell what its next may take
 REMEASURE_SECONDS = 60.0  # between measurements of the ceilings
 QUICK_ROUNDS = 3  # at least, of a quick run
 SLOW = 4.0  # a call longer than this many times the seconds of a case is not repeated
+LOSSES = 2  # of the process, by one peer in one suite: then it is left out of the rest
+
+NO_REASON = re.compile("not used because|runtime disabled")  # of SDPA's other kernels
 
 Exact = dict[str, Tensor]
 Taken = dict[str, Call]  # by the peer's name
@@ -53,7 +59,7 @@ class Run:
         self.plan, self._now, self._begin = plan, now, now()
         self.ceilings = Ceilings(plan.device)
         self._measured, self._written = -float("inf"), now()
-        self._took: list[float] = []  # seconds of each case so far
+        self._took: dict[str, list[float]] = {}  # by suite: seconds of each case so far
         here = machine.describe(plan.device.torch_device)
         if plan.resume and plan.out.exists():
             self.document = results.read(plan.out) | {"complete": False}
@@ -82,27 +88,33 @@ class Run:
         for case in sorted(self.plan.cases, key=lambda case: case.rank):
             if key_of(case) in have:
                 continue
-            if not self.fits():
+            if not self.fits(case):
                 complete = False
-                break
+                continue  # a case of another suite may take less
             start = self._now()
             begin(case)
             self.measure_ceilings()
             self.write()
             self.document["results"].append(self.run(case))
             self.write()
-            self._took.append(self._now() - start)
+            self._took.setdefault(case.suite, []).append(self._now() - start)
             done(self.document["results"][-1])
         self.measure_ceilings(at_once=True)
         self.document["complete"] = complete
         self.write()
         return complete
 
-    def fits(self) -> bool:
-        """Time is left for another case as long as the longest of the last few."""
-        next_one = max(self._took[-RECENT:], default=0.0)
-        used = self._now() - self._begin
-        return self.plan.budget is None or used + next_one <= self.plan.budget
+    def fits(self, case: Case) -> bool:
+        """Time is left for a case as long as the longest of the last few of its suite.
+
+        The first of a suite may take what a usual case has taken so far.
+        """
+        if self.plan.budget is None:
+            return True
+        so_far = [seconds for took in self._took.values() for seconds in took]
+        known = self._took.get(case.suite, [])[-RECENT:]
+        next_one = max(known) if known else statistics.median(so_far or [0.0])
+        return self._now() - self._begin + next_one <= self.plan.budget
 
     def measure_ceilings(self, at_once: bool = False) -> None:
         if at_once or self._now() - self._measured > REMEASURE_SECONDS:
@@ -140,7 +152,7 @@ class Run:
             "peers": {},
         }
         peers = [peer for peer in self.plan.peers if case.suite in peer.suites]
-        self.note(case, "")
+        self.note(case)
         if (reason := self.lost(case, "")) is None:
             try:
                 result["peers"] = self.run_peers(case, peers)
@@ -165,7 +177,7 @@ class Run:
                 entries[peer.name] = self.try_out(peer, case, inputs, exact, taken)
             else:
                 entries[peer.name] = {"refused": reason}
-        self.note(case, "")
+        self.note(case)
         rounds = QUICK_ROUNDS if self.plan.quick else MIN_ROUNDS
         seconds, cold = self.plan.seconds, case.cold
         if taken:
@@ -174,9 +186,10 @@ class Run:
                 entries[name]["seconds"] = asdict(t)
         return entries
 
-    def note(self, case: Case, peer: str) -> None:
+    def note(self, case: Case, peer: Peer | None = None) -> None:
         if self.plan.supervised:
-            supervise.note(self.plan.out, *key_of(case), peer)
+            name, compiles = ("", False) if peer is None else (peer.name, peer.compiles)
+            supervise.note(self.plan.out, *key_of(case), name, compiles)
 
     def lost(self, case: Case, peer: str) -> str | None:
         """How an earlier attempt ended, if this took the process down."""
@@ -188,6 +201,9 @@ class Run:
     def left_out(self, peer: Peer, case: Case) -> str | None:
         if (reason := self.lost(case, peer.name)) is not None:
             return reason
+        losses = [x for x in self.document.get("lost", []) if x["peer"] == peer.name]
+        if sum(x["suite"] == case.suite for x in losses) >= LOSSES:
+            return f"it took {LOSSES} cases of the suite down with it"
         telling = case.rank == 0 and not self.plan.quick
         if peer.compiles and not telling and peer.name not in self.plan.named:
             return "compiles: only in cases of rank 0 of a full run, or if named by --peer"
@@ -195,11 +211,13 @@ class Run:
 
     def try_out(self, peer: Peer, case: Case, inputs: Inputs, exact: Exact, taken: Taken) -> dict:
         """What the results file says of the peer so far; its call is added to those taken."""
-        self.note(case, peer.name)
-        try:
-            entry = self.attempt(peer, case, inputs, exact, taken)
-        except Exception as error:  # whatever a peer raises, the others go on
-            entry = {"refused": reason_of(error)}
+        self.note(case, peer)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                entry = self.attempt(peer, case, inputs, exact, taken)
+            except Exception as error:  # whatever a peer raises, the others go on
+                entry = {"refused": reason_of(error, [str(w.message) for w in told])}
         if "refused" in entry:  # only now: the exception held the tensors of its frames
             self.tidy()
         return entry
@@ -227,8 +245,8 @@ class Run:
         self.plan.device.times({"": call}, case.cold)  # warm
         seconds = self._now() - start
         if seconds > SLOW * self.plan.seconds and not peer.ours and peer.name != case.baseline:
-            slow = f"too slow for this run: {seconds:.2g} s a call; --seconds gives more"
-            return {"refused": slow}
+            limit = f"{SLOW * self.plan.seconds:g} s"
+            return {"refused": f"a call takes over {limit}: too slow, but with more --seconds"}
         taken[peer.name] = call
         return entry
 
@@ -264,12 +282,15 @@ def errors(case: Case, found: Any, exact: dict[str, Tensor]) -> dict[str, float]
     return worst
 
 
-def reason_of(error: Exception) -> str:
-    """The first telling line of an exception."""
+def reason_of(error: Exception, told: Sequence[str] = ()) -> str:
+    """The first telling line of an exception; SDPA tells why it has no kernel in warnings."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    if text.startswith(("No available kernel", "No viable backend")):
+        why = [t.partition(" (Triggered")[0] for t in told if not NO_REASON.search(t)]
+        text = "; ".join(dict.fromkeys(why)) or text
     return text if len(text) <= 160 else text[:159] + "…"
 
 

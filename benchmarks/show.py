@@ -87,8 +87,10 @@ def line(result: dict) -> str:
     where = f"{result['suite']:<20} {result['case']:<44} {short(result['dtype']):<5}"
     mine = results.fastest(result, ours=True)
     if mine is None:
-        ours = {name: p for name, p in result["peers"].items() if name.startswith("fastattn")}
-        return f"{where} ours can't: {'; '.join(reasons([{'peers': ours}]))}"
+        peers = result["peers"].items()
+        why = [f"{n}: {p['refused']}" for n, p in peers if n.startswith("fastattn")]
+        why = [text for text in why if ": not for " not in text] or why
+        return f"{where} ours can't: {'; '.join(why)}"
     share = result["peers"][mine]["share_of_floor"]
     error = results.error(result["peers"][mine])
     words = [f"{milliseconds(results.median(result, mine))} ms"]

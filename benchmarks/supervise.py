@@ -14,9 +14,10 @@ from pathlib import Path
 
 from fastattn.files import read_json, write_json
 
-from . import results
+from . import results, unbound
 
-STALLED_SECONDS = 150.0  # longer than any compilation
+STALLED_SECONDS = 60.0  # longer than starting, and than any case's exact result
+COMPILING_SECONDS = 150.0  # longer than any compilation
 DEVICE_LOST = 3  # the exit status of a child that can't use the device any more
 POLL_SECONDS = 0.2
 
@@ -29,10 +30,10 @@ def note_path(out: Path) -> Path:
     return out.with_name(f".{out.stem}-trying.json")
 
 
-def note(out: Path, suite: str, case: str, dtype: str, peer: str) -> None:
+def note(out: Path, suite: str, case: str, dtype: str, peer: str, compiles: bool) -> None:
     """What is tried from now on; peer "" is the timing of all."""
     key = {"suite": suite, "case": case, "dtype": dtype, "peer": peer}
-    write_json(note_path(out), key)
+    write_json(note_path(out), {"key": key, "compiles": compiles})
 
 
 def supervise(
@@ -52,7 +53,7 @@ def supervise(
             if not note_path(out).exists():  # it died before it tried anything
                 print(f"bench: {ended}")
                 return 1
-            lost = read_json(note_path(out)) | {"reason": ended}
+            lost = read_json(note_path(out))["key"] | {"reason": ended}
             note_path(out).unlink()
             print(f"bench: lost {lost['peer'] or 'the timing'} on {lost['case']}: {ended}")
             document = results.read(out)
@@ -64,14 +65,16 @@ def supervise(
 
 def run_child(command: Sequence[str], out: Path, stalled: float) -> int | str:
     """Its exit status, or how it was lost."""
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, **unbound())
     begin = time.time()
     try:
         while (status := child.poll()) is None:
             time.sleep(POLL_SECONDS)
             alive = max([begin, *(p.stat().st_mtime for p in (out, note_path(out)) if p.exists())])
-            if time.time() - alive > stalled:
-                return f"no sign of life for {stalled:.0f} s"
+            compiles = note_path(out).exists() and read_json(note_path(out))["compiles"]
+            limit = max(stalled, COMPILING_SECONDS) if compiles else stalled
+            if time.time() - alive > limit:
+                return f"no sign of life for {limit:.0f} s"
     finally:
         child.kill()
         child.wait()

@@ -170,6 +170,7 @@ PEERS = [
             name=f"{peer.name}, compiled",
             suites=SUITE,
             prepare=ours_compiled(peer.backend),
+            devices=peer.devices,
             backend=peer.backend,
             unfit=peer.unfit,
             compiles=True,

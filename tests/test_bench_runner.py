@@ -147,7 +147,7 @@ def test_a_slow_peer_is_left_out_but_never_ours_or_the_baseline(tmp_path):
     run = Run(plan(tmp_path, [Double()]), now=lambda: float(now()))
     run()
     found = run.document["results"][0]["peers"]
-    assert found["nearly"]["refused"].startswith("too slow for this run: 1 s a call")
+    assert found["nearly"]["refused"].startswith("a call takes over 0.004 s: too slow")
     assert "seconds" in found["torch"] and "seconds" in found["fastattn cpu"]
 
 
@@ -156,6 +156,57 @@ def test_what_takes_too_long_to_repeat_is_done_once(tmp_path):
     run()
     ours = run.document["results"][0]["peers"]["fastattn cpu"]
     assert ours["seconds"]["rounds"] == 1 and ours["facts"] == {"bytes": 7}
+
+
+def test_a_peer_that_takes_the_process_down_twice_is_left_out_of_the_suite(tmp_path):
+    cases = [Double(number=n) for n in range(3)]
+    run = Run(plan(tmp_path, cases))
+    lost = {"suite": "decode", "dtype": "float32", "peer": "nearly", "reason": "killed by signal 6"}
+    run.document["lost"] = [lost | {"case": "N0"}]
+    run.document["lost"].append(lost | {"case": "N1", "suite": "varlen"})
+    assert run.left_out(PEERS[2], cases[0]) == "killed by signal 6"
+    assert run.left_out(PEERS[2], cases[2]) is None
+    run.document["lost"].append(lost | {"case": "N1"})
+    assert run.left_out(PEERS[2], cases[2]) == "it took 2 cases of the suite down with it"
+    assert run.left_out(PEERS[1], cases[2]) is None
+
+
+def test_a_long_case_does_not_keep_short_ones_of_other_suites_out(tmp_path):
+    """Two cases of 40 s and three of 5 s fit in 100 s."""
+    clock = [0.0]
+    cases = [Double(number=n, rank=n) for n in (0, 2, 3)]
+    cases += [Double(suite="train-step", number=n, rank=1) for n in (1, 2, 3)]
+    run = Run(plan(tmp_path, cases, budget=100.0), now=lambda: clock[0])
+
+    def begin(case):
+        clock[0] += 40 if case.suite == "train-step" else 5
+
+    assert not run(begin)
+    found = [f"{r['suite']} {r['case']}" for r in run.document["results"]]
+    assert found == ["decode N0", "train-step N1", "train-step N2", "decode N2", "decode N3"]
+
+
+def test_sdpa_s_reasons_stand_in_its_warnings():
+    told = [
+        "Memory efficient kernel not used because: (Triggered internally at a.cpp:1.)",
+        "Memory Efficient attention has been runtime disabled. (Triggered internally at a.cpp:2.)",
+        "cuDNN attention kernel not used because: (Triggered internally at a.cpp:3.)",
+        "cuDNN does not support D 257. (Triggered internally at a.cpp:4.)",
+    ]
+    error = RuntimeError("No available kernel. Aborting execution.")
+    assert reason_of(error, told) == "cuDNN does not support D 257."
+    assert reason_of(error) == "No available kernel. Aborting execution."
+
+
+def test_without_git_the_commit_is_what_the_environment_says(monkeypatch):
+    assert machine.commit() != "unknown"
+    monkeypatch.setattr(machine, "git", lambda *words: None)
+    assert machine.commit() == "unknown"
+    monkeypatch.setenv("FASTATTN_COMMIT", "abc1234")
+    assert machine.commit() == "abc1234"
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    assert machine.git("status") is None
 
 
 def test_reasons_are_one_line():
@@ -240,4 +291,4 @@ def test_a_lost_device_ends_the_run(tmp_path, monkeypatch):
     run = Run(plan(tmp_path, [Double()], supervised=True))
     with pytest.raises(supervise.DeviceLostError):
         run()
-    assert read_json(supervise.note_path(run.plan.out))["peer"] == "wrong"
+    assert read_json(supervise.note_path(run.plan.out))["key"]["peer"] == "wrong"

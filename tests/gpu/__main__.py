@@ -4,11 +4,12 @@
     calibrate  every function of ptx*.cuh, on the GPU and in the emulator, bit for bit
     test       the shared grid and the public tests on device tensors, against float64
     sanitize   compute-sanitizer's memcheck, racecheck and synccheck over a few cases
-    bench      the ladder (benchmarks/ladder), then all other benchmarks
+    bench      the benchmarks, the most telling first, then the ladder (benchmarks/ladder)
 
 Needs torch with CUDA and nvcc; g++ for the emulator. No network. Steps that passed with the same
 sources are not done again, unless with --again; each is on disk when it ends. What is missing here
-is skipped and said. Results: RESULTS/<device>/gpu-<commit>.json.
+is skipped and said. Results: RESULTS/<device>/gpu-<commit>.json, and the benchmarks' own beside it.
+In a copy without git, set FASTATTN_COMMIT.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(target, str):
         print(f"make gpu: {target}")
         return 1
-    target.results = arguments.results.resolve()
+    target.results, target.again = arguments.results.resolve(), arguments.again
     stamp = journal.machine(target.device, target.arch, target.nvcc)
     folder = arguments.results / journal.file_name_of(target.device)
     book = journal.Journal(folder / f"gpu-{stamp['commit'] or stamp['sources']}.json", stamp)

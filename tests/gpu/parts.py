@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,6 +66,7 @@ class Gpu:
     sanitized = SANITIZED
     tools = tuple(TOOLS)
     results = ROOT / "benchmarks" / "results"
+    again = False  # also what passed before
 
     def __init__(self, device: str, arch: int, nvcc: str) -> None:
         self.device, self.arch, self.nvcc = device, arch, nvcc
@@ -116,6 +118,7 @@ class Emulated:
     sanitized = ("causal", "splits-5", "plain")
     tools = ("memcheck",)
     results = BUILD
+    again = False  # also what passed before
 
     def __init__(self) -> None:
         self.case_options = ("--device", "cpu")
@@ -142,17 +145,25 @@ Target = Gpu | Emulated
 
 
 def run(target: Target, command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """The command's output is stdout; TimeoutExpired when it takes longer. It does not run in the
-    repository's root, where Python would look for packages first."""
-    return subprocess.run(
+    """The command's output is stdout; TimeoutExpired when it takes longer: then it is killed, and
+    what it has started too. It does not run in the repository's root, where Python would look for
+    packages first."""
+    process = subprocess.Popen(
         command,
         cwd=BUILD,
         env=target.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=seconds,
+        start_new_session=True,
     )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 # --- build ----------------------------------------------------------------------------------------
@@ -160,8 +171,8 @@ def run(target: Target, command: list[str], seconds: float) -> subprocess.Comple
 
 def build_steps(target: Target) -> list[Step]:
     return [
-        Step("kernels", target.build_kernels),
-        Step("load", partial(load_kernels, target)),
+        Step("kernels", target.build_kernels, always=True),
+        Step("load", partial(load_kernels, target), always=True),
     ]
 
 
@@ -284,9 +295,11 @@ def worst_of(output: str) -> str:
 
 
 def bench_steps(target: Target) -> list[Step]:
+    """The kernels first, should no other part have built them; the ladder where time is left."""
     return [
-        Step("ladder", partial(climb, target), 150),
+        Step("kernels", target.build_kernels, always=True),
         Step("benchmarks", partial(bench, target), 600),
+        Step("ladder", partial(climb, target), 150),
     ]
 
 
@@ -299,14 +312,25 @@ def climb(target: Target, seconds: float) -> Outcome:
 
 
 def bench(target: Target, seconds: float) -> Outcome:
-    """`python -m benchmarks`, the most telling cases first; it writes results of its own."""
-    command = [sys.executable, "-m", "benchmarks", "--out", str(target.results)]
+    """`python -m benchmarks`, the most telling cases first; it writes results of its own, and goes
+    on with those of an earlier call. Pictures are for `bench report`, later."""
+    from benchmarks.cli import LEFT_OUT
+    from benchmarks.suites import SUITES
+
+    command = [sys.executable, "-m", "benchmarks", "--out", str(target.results), "--no-pictures"]
+    command += ["--suite", *(suite for suite in SUITES if suite != "ladder")]
+    command += [] if target.again else ["--resume"]
     if isinstance(target, Emulated):
         command += ["--device", "cpu", "--list"]
     else:  # loading torch and ending take time too
         command += ["--device", "cuda", "--budget", f"{max(seconds - 45, 20):.0f}"]
     done = run(target, command, seconds)
-    return Outcome("passed" if done.returncode == 0 else "failed", done.stdout[-4000:])
+    last = done.stdout[-8000:]
+    if done.returncode != 0:
+        return Outcome("failed", last)
+    if (cut := re.search(f".*{LEFT_OUT}.*", last)) is not None:
+        return Outcome("cut", f"{cut[0]}: run it again to go on\n{last}")
+    return Outcome("passed", last)
 
 
 PARTS: dict[str, Callable[[Target], list[Step]]] = {
