@@ -20,6 +20,7 @@ from .case import Case, Inputs, randn
 
 QUERIES_AT_A_TIME = 2048  # of the exact result: fp64 scores are large
 SOFTCAP = 20.0
+DROPOUT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,10 @@ class Attention(Case):
         found |= {"another D of v"} if self.head_dim_v else set()
         found |= {"packed sequences"} if self.lengths else set()
         return frozenset(found)
+
+    @property
+    def random(self) -> bool:
+        return self.extra == "dropout"
 
     @property
     def span(self) -> tuple[int, int]:
@@ -121,6 +126,8 @@ class Attention(Case):
         if self.lengths:
             start = self.seqlen - self.lengths[-1]
             return [(0, slice(0, self.lengths[0]), 0), (0, slice(start, self.seqlen), last)]
+        if self.random:  # whose numbers belong to places: only the first head's are its own
+            return [(0, slice(0, self.seqlen), 0)]
         picks = {(0, 0), (self.batch - 1, last)}
         return [(b, slice(0, self.seqlen), h) for b, h in sorted(picks)]
 
@@ -140,8 +147,6 @@ class Attention(Case):
         return torch.cat([self.part(name, result, pick).flatten() for pick in self.checked()])
 
     def exact(self, inputs: Inputs) -> dict[str, Tensor]:
-        if self.extra == "dropout":
-            return {}
         found: dict[str, list[Tensor]] = {}
         for pick in self.checked():
             part = {
@@ -161,11 +166,13 @@ class Attention(Case):
 def exact_attention(case: Attention, part: Inputs) -> dict[str, Tensor]:
     """out, or the gradients, of a few heads in fp64 by the reference, block by block of queries."""
     options = {"softcap": SOFTCAP if case.extra == "softcap" else 0.0, "window": case.span}
+    options |= {"dropout_p": DROPOUT} if case.random else {}
     leaves = {n: part[n].clone().requires_grad_() for n in ("k", "v", "sinks") if n in part}
     seqlen, backward = part["q"].shape[1], case.passes == "bwd"
+    at_a_time = seqlen if case.random else QUERIES_AT_A_TIME
     blocks: dict[str, list[Tensor]] = {"out": [], "dq": [], "dbias": []}
-    for start in range(0, seqlen, QUERIES_AT_A_TIME):
-        rows = slice(start, min(start + QUERIES_AT_A_TIME, seqlen))
+    for start in range(0, seqlen, at_a_time):
+        rows = slice(start, min(start + at_a_time, seqlen))
         # Causal and windows are aligned with the last key: it must be the last query's own.
         seen = slice(0, rows.stop) if case.causal else slice(0, seqlen)
         q = part["q"][:, rows].clone().requires_grad_()

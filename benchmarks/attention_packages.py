@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import SOFTCAP, Attention
-from .attention_peers import DROPOUT, SUITES, attention_call
+from .attention import DROPOUT, SOFTCAP, Attention
+from .attention_peers import SUITES, attention_call
 from .case import Call, Case, Inputs, Peer
 
 HALVES = (torch.bfloat16, torch.float16)

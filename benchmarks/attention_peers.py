@@ -15,11 +15,10 @@ from torch import Tensor
 
 import fastattn
 
-from .attention import SOFTCAP, Attention
+from .attention import DROPOUT, SOFTCAP, Attention
 from .case import Call, Case, Inputs, Peer, our_peers
 
 SUITES = frozenset({"attention-fwd", "attention-bwd", "varlen", "features"})
-DROPOUT = 0.1
 
 Function = Callable[..., Tensor]  # (q, k, v, bias, sinks) → out, in the peer's layout
 

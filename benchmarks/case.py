@@ -31,7 +31,7 @@ class Call:
     run: Callable[[], Any]
     results: Callable[[Any], Results]  # of what `run` returned
     before: Callable[[], object] | None = None
-    release: Callable[[], object] | None = None  # frees what the last call has left
+    settle: Callable[[], object] | None = None  # leaves held what is no part of the call's memory
     facts: dict[str, float] = field(default_factory=dict)  # `run` may find out more than a time
 
     def first(self) -> Results:
@@ -52,6 +52,7 @@ class Case:
     baseline: ClassVar[str] = "torch"  # the peer that ours is set against first
     cold: ClassVar[bool] = True  # caches are cleared before every timed call (GPUs)
     once: ClassVar[bool] = False  # too long to repeat: the first call is what counts
+    timed_only: ClassVar[bool] = False  # no tensors: neither errors nor memory
     wrong_beyond: ClassVar[float] = 0.05  # of the largest element: such a result is refused
 
     @property
@@ -62,6 +63,11 @@ class Case:
     def features(self) -> frozenset[str]:
         """What a peer must be able to do besides the plain work."""
         return frozenset()
+
+    @property
+    def random(self) -> bool:
+        """Only who draws the same numbers from the same seed can be checked: fastattn's peers."""
+        return False
 
     @property
     def flops(self) -> float:
@@ -82,7 +88,7 @@ class Case:
         raise NotImplementedError
 
     def exact(self, inputs: Inputs) -> dict[str, Tensor]:
-        """What `parts` of the results should be, in fp64. Empty where it is random."""
+        """What `parts` of the results should be, in fp64."""
         raise NotImplementedError
 
     def parts(self, name: str, result: Tensor) -> Tensor:
@@ -121,8 +127,10 @@ class Peer:
             return f"no {short(case.dtype)}"
         if missing := case.features - self.features:
             return "no " + ", ".join(sorted(missing))
-        if (reason := self.unfit(case)) is not None:
-            return reason
+        return self.unfit(case) or self.absent()
+
+    def absent(self) -> str | None:
+        """None, or why there is none of it here."""
         try:
             importlib.import_module(self.module)
         except ImportError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import compare, machine, plots, report, results, supervise
+from . import compare, digest, machine, plots, report, results, supervise
 from .ceilings import pin_threads
 from .device import find
 from .runner import Plan, Run, key_of, matching
@@ -126,7 +126,7 @@ def run(argv: list[str]) -> int:
         complete = bench(show.begin, show.done)
     order = sorted(bench.document["results"], key=lambda r: SUITES.index(r["suite"]))
     show.summary(order)
-    print(f"Ceilings: {report.ceilings(bench.document)}")
+    print(f"Ceilings: {digest.ceilings(bench.document)}")
     pictures = [] if args.no_pictures else plots.draw(bench.document, out)
     print(f"wrote {out}" + (f" and {len(pictures)} pictures beside it" if pictures else ""))
     if not complete:
@@ -174,8 +174,11 @@ def list_all(chosen, asked, device) -> int:
         quick = "quick" if case.quick else ""
         print(f"{case.rank} {case.suite:<20} {case.name:<48} {DTYPE_OF[case.dtype]:<5} {quick}")
     print()
-    for name in dict.fromkeys(peer.name for peer in asked):
-        print(name)
+    suites = {case.suite for case in chosen}
+    for name, peer in {peer.name: peer for peer in asked if peer.suites & suites}.items():
+        here = device.torch_device.type
+        reason = peer.absent() if here in peer.devices else f"not for {here}"
+        print(f"{name:<32}{reason or ''}".rstrip())
     return 0
 
 

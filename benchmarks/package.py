@@ -29,6 +29,8 @@ class Package(Case):
     what: Literal["import", "install"]
     dtype: torch.dtype = torch.float32  # means nothing here
 
+    timed_only = True
+
     @property
     def name(self) -> str:
         return {"import": "import, fresh process", "install": "build and install"}[self.what]

@@ -1,4 +1,7 @@
-"""Pictures of results: how near each peer comes to the floor, a row a case, a colour a peer."""
+"""Pictures of results: how near each peer comes to the floor, a row a case, a colour a peer.
+
+Beside ours stands how many times faster it is than the case's baseline.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from . import results
 from .case import short
 
 OURS = ("#d62728", "#ff7f0e", "#e377c2", "#8c564b")
-THEIRS = ("#1f77b4", "#17becf", "#2ca02c", "#9467bd", "#7f7f7f", "#bcbd22", "#aec7e8", "#98df8a")
+BASELINE, EAGER = "#1f77b4", "#9a9a9a"  # alike in every picture
+THEIRS = ("#2ca02c", "#9467bd", "#17becf", "#bcbd22", "#98df8a", "#c5b0d5", "#c49c94", "#9edae5")
 
 
 def figure(suite: str, found: list[dict], title: str):
@@ -22,26 +26,42 @@ def figure(suite: str, found: list[dict], title: str):
     names = list(dict.fromkeys(name for r in rows for name in results.timed(r)))
     ours = {name for r in rows for name, p in results.timed(r).items() if p.get("ours", False)}
     names.sort(key=lambda name: name not in ours)
-    mine, others = [n for n in names if n in ours], [n for n in names if n not in ours]
-    colours = {n: OURS[i % len(OURS)] for i, n in enumerate(mine)}
+    baseline = rows[0]["baseline"]
+    mine = [n for n in names if n in ours]
+    others = [n for n in names if n not in ours and n not in (baseline, "eager")]
+    colours = {baseline: BASELINE, "eager": EAGER}
+    colours |= {n: OURS[i % len(OURS)] for i, n in enumerate(mine)}
     colours |= {n: THEIRS[i % len(THEIRS)] for i, n in enumerate(others)}
 
     picture = Figure(figsize=(9, 1.3 + 0.24 * len(rows)), layout="constrained")
     axes = picture.subplots()
+    for i, r in enumerate(rows):
+        if (ratio := results.ratio(r)) is not None:
+            best = r["peers"][results.fastest(r, ours=True)]["share_of_floor"]
+            theirs = r["peers"][r["baseline"]]["share_of_floor"]
+            axes.plot((100 * theirs, 100 * best), (i, i), color="#e8b4b4", linewidth=2, zorder=1)
+            where = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            where["bbox"] = {"color": "white", "pad": 0.5}
+            axes.annotate(f"{ratio:.1f}×", (100 * max(best, theirs), i), fontsize=7.5, **where)
     for name in reversed(names):  # ours on top
         y = [i for i, r in enumerate(rows) if name in results.timed(r)]
         x = [100 * rows[i]["peers"][name]["share_of_floor"] for i in y]
-        style = {"marker": "D", "s": 36, "zorder": 3} if name in ours else {"marker": "o", "s": 24}
+        style = {"marker": "D", "s": 36, "zorder": 3} if name in ours else {"marker": "o", "s": 22}
         axes.scatter(x, y, color=colours[name], label=name, **style)
     axes.set_yticks(range(len(rows)), [f"{r['case']}  {short(r['dtype'])}" for r in rows])
-    axes.tick_params(axis="y", labelsize=7)
+    axes.tick_params(labelsize=8, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(108, 1.08 * axes.get_xlim()[1]))
     axes.axvline(100, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
     axes.grid(axis="y", alpha=0.12)
-    axes.set_xlabel("% of the floor reached: the least possible time, over the time taken")
-    axes.set_title(f"{suite}: {title}", fontsize=9)
+    axes.set_xlabel(
+        f"% of the floor reached: the least possible time over the time taken;  n×: {baseline}'s"
+        " time over ours",
+        fontsize=8,
+    )
+    axes.set_title(f"{suite}: {title}", fontsize=9, loc="left")
     handles, labels = axes.get_legend_handles_labels()
     picture.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, fontsize=7)
     return picture

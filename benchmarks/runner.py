@@ -28,6 +28,7 @@ from .timing import MIN_ROUNDS, interleave, timing
 RECENT = 5  # cases of a suite whose durations tell what its next may take
 REMEASURE_SECONDS = 60.0  # between measurements of the ceilings
 QUICK_ROUNDS = 3  # at least, of a quick run
+SEED = 0  # of what is random, for the exact result and for each peer's first
 SLOW = 4.0  # a call longer than this many times the seconds of a case is not repeated
 LOSSES = 2  # of the process, by one peer in one suite: then it is left out of the rest
 
@@ -170,6 +171,7 @@ class Run:
             torch.compiler.reset()  # or the cases before would count against the recompile limit
         on, taken, entries = self.plan.device.torch_device, Taken(), {}
         inputs = case.inputs(on)
+        torch.manual_seed(SEED)
         exact = case.exact(inputs)
         for peer in peers:
             reason = self.left_out(peer, case) or peer.refuses(case, on)
@@ -225,6 +227,9 @@ class Run:
     def attempt(self, peer: Peer, case: Case, inputs: Inputs, exact: Exact, taken: Taken) -> dict:
         entry: dict[str, Any] = {"ours": True} if peer.ours else {}
         call = peer.prepare(case, inputs)
+        if case.random and peer.backend is None:
+            exact = {}  # its numbers are others
+        torch.manual_seed(SEED)
         start = self._now()
         found = call.first()
         first = self._now() - start
@@ -237,9 +242,9 @@ class Run:
                 return {"refused": wrong}
         if case.once:
             return entry | {"seconds": asdict(timing([first], 1)), "facts": dict(call.facts)}
-        if exact:
-            if call.release is not None:
-                call.release()
+        if not case.timed_only:
+            if call.settle is not None:
+                call.settle()
             entry["peak_bytes"] = self.plan.device.peak_bytes(lambda: only_run(call))
         start = self._now()
         self.plan.device.times({"": call}, case.cold)  # warm

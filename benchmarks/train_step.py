@@ -2,7 +2,7 @@
 
 fp32 on the CPU; on GPUs bf16 autocast over fp32 weights. Model FLOPs are 6 N + 12 · L · C · T a
 token (PaLM's and nanoGPT's convention, attention counted whole): over time and the device's peak
-they are the MFU.
+they are the MFU. Peak memory is beyond weights, gradients and AdamW's state.
 """
 
 from __future__ import annotations
@@ -98,7 +98,12 @@ def step_call(case: Case, inputs: Inputs, model: nn.Module, loss_of: LossFunctio
         optimizer.zero_grad()
         return loss.detach(), norm
 
-    return Call(run, lambda pair: {"loss": pair[0], "grad_norm": pair[1]})
+    def settle() -> None:  # as weights and AdamW's state, gradients are no part of a step's memory
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+
+    results = lambda pair: {"loss": pair[0], "grad_norm": pair[1]}  # noqa: E731
+    return Call(run, results, settle=settle)
 
 
 def ours(backend: str) -> Callable[[Case, Inputs], Call]:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    commands = "\n".join(f"  {name:<9}{summary}" for name, summary in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
     return f"""usage: fastattn COMMAND [OPTIONS]
 
 {commands}

@@ -62,7 +62,8 @@ def prepare(argv: list[str]) -> None:
     train, val = (meta["splits"][split]["tokens"] for split in ("train", "val"))
     print(
         f"{folder}: {train:,} tokens for training, {val:,} for validation, "
-        f"{meta['vocab_size']:,} in the {meta['tokenizer']} vocabulary"
+        f"{meta['vocab_size']:,} in the {meta['tokenizer']} vocabulary\n"
+        f"train on it: fastattn train --data {folder}"
     )
 
 

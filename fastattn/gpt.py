@@ -49,16 +49,16 @@ class GPTConfig:
 
     vocab_size: int = 50257  # V
     block_size: int = 1024  # longest context, in tokens
-    n_layer: int = 12
-    n_head: int = 12
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # query heads
     n_kv_head: int | None = None  # KV heads, a divisor of n_head; None = n_head
-    n_embd: int = 768  # C
+    n_embd: int = 768  # C, the width
     n_inner: int | None = None  # MLP width; None = 4 C, for swiglu 8/3 C
-    norm: NormName = "layernorm"
-    norm_eps: float = 1e-5
-    mlp: Activation = "gelu"  # in its tanh form
-    position: PositionName = "learned"
-    rope_base: float = 10000.0
+    norm: NormName = "layernorm"  # before attention, the MLP and the head
+    norm_eps: float = 1e-5  # added to the variance
+    mlp: Activation = "gelu"  # gelu in its tanh form; relu2 is ReLU squared
+    position: PositionName = "learned"  # an embedding; or rope: queries and keys are rotated
+    rope_base: float = 10000.0  # of the rotations' wavelengths
     qk_norm: bool = False  # RMS-normalise each query and key
     bias: bool = True  # in linear layers and LayerNorm
     tie_embeddings: bool = True  # the head's weight is wte's
@@ -66,7 +66,7 @@ class GPTConfig:
     logit_softcap: float = 0.0  # 0 = none, on the head's logits
     window: int = -1  # keys visible to the left of each query; -1 = all
     dropout: float = 0.0  # of embeddings, attention weights and each block's two outputs
-    init_std: float = 0.02
+    init_std: float = 0.02  # of weights at the start
     eos_token_id: int | None = None  # where `generate` stops unless told otherwise
 
     def __post_init__(self) -> None:

@@ -240,9 +240,9 @@ def fit_steps(config: TrainConfig, seconds: float) -> TrainConfig:
     Decided once, before the run: with a schedule over steps the run can be resumed bit for bit,
     with one over elapsed time it could not.
     """
-    print(f"timing a few steps, to fit into {report.clock(seconds)}", flush=True)
     begin = time.perf_counter()
     trial = Trainer(config)
+    print(f"timing a few steps, to fit into {report.clock(seconds)}", flush=True)
     trial.train_step()  # the first uses everything for the first time
     times: list[float] = []
     while len(times) < 3 or time.perf_counter() - begin < 0.02 * seconds:
@@ -376,6 +376,7 @@ def closing_words(t: Trainer, seconds: float, plot: Path | None) -> str:
     lines = [f"trained {t.step} steps in {report.clock(seconds)}: {c.out}"]
     if plot is not None:
         lines.append(f"loss curve: {plot}")
+    lines.append(f"sample it: fastattn generate {c.out}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from benchmarks import attention_packages, decode, losses, package, suites, train_step
+from benchmarks import (
+    attention_packages,
+    attention_peers,
+    decode,
+    losses,
+    package,
+    suites,
+    train_step,
+)
 from benchmarks.attention import Attention
 from benchmarks.case import short
 from benchmarks.decode import Decode
@@ -137,14 +145,24 @@ def test_the_peak_of_a_loss_has_its_gradient():
     case = CrossEntropy(suite="cross-entropy", dtype=FP32, rows=512, vocab=50257)
     call = losses.our_cross_entropy("cpu")(case, case.inputs(CPU))
     call.first()
-    call.release()
+    call.settle()
     peak = Cpu().peak_bytes(lambda: only_run(call))
     assert peak is None or 0.9 < peak / case.moved_bytes * 2 < 1.5
 
 
-def test_dropout_has_no_exact_result():
-    case = Attention(suite="features", dtype=FP32, **SHAPE, extra="dropout")
-    assert case.exact(case.inputs(CPU)) == {}
+@pytest.mark.parametrize("passes", ["fwd", "bwd"])
+def test_dropout_is_exact_with_the_same_seed(passes):
+    case = Attention(suite="features", dtype=FP32, **SHAPE, extra="dropout", passes=passes)
+    inputs = case.inputs(CPU)
+    torch.manual_seed(5)
+    exact = case.exact(inputs)
+    for peer in attention_peers.PEERS:
+        if peer.backend in ("cpu", "reference"):
+            torch.manual_seed(5)
+            check_results(peer.name, peer.prepare(case, inputs).first(), case, exact)
+    torch.manual_seed(6)
+    other = errors(case, attention_peers.ours("cpu")(case, inputs).first(), exact)
+    assert min(other.values()) > 1e-3
 
 
 def test_inputs_are_the_same_in_every_run():

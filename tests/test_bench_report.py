@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from benchmarks import cli, compare, plots, report, results, show
+from benchmarks import cli, compare, digest, pages, plots, report, results, show
 from benchmarks.decode import Decode
 from benchmarks.device import Cpu
 
@@ -116,11 +116,11 @@ def test_newer_files_replace_the_cases_they_have():
 
 def test_tables_say_where_peers_are_faster():
     found = [result("fast"), result("slow", ours=4e-3, theirs=2e-3)]
-    assert report.faster_peers(found) == ["slow bf16: torch SDPA is 2.00× faster"]
+    assert digest.faster_peers(found) == ["slow bf16: torch SDPA is 2.00× faster"]
     refused = result("no")
     refused["peers"]["fastattn cpu"] = {"refused": "not yet"}
-    assert report.faster_peers([refused]) == ["no bf16: torch SDPA takes it, ours does not"]
-    assert report.reached(found) == "25–50 %"
+    assert digest.faster_peers([refused]) == ["no bf16: torch SDPA takes it, ours does not"]
+    assert digest.reached(found) == "25–50 %"
 
 
 def test_the_readme_gets_its_table(tmp_path):
@@ -146,17 +146,45 @@ def test_the_performance_page_has_everything(tmp_path):
     path = tmp_path / "a.json"
     pictures = plots.draw(document(result(), train), path)
     assert [p.name for p in pictures] == ["a-attention-fwd.png", "a-train-step.png"]
-    text = report.performance_page(results.by_kind([(path, document(result(), train))]))
-    assert "## A CPU, 2 threads, avx512" in text and "### train-step" in text
-    assert "a-attention-fwd.png" in text and "multiply-add ports" in text
-    assert "500,000 tokens/s, 0.5 TFLOP/s at 6 N + 12 L C T a token, MFU 50.0%" in text
-    assert "no <such> thing: FlexAttention (1)" in text and "No peer here is faster." in text
+    kinds = results.by_kind([(path, document(result(), train))])
+    short, whole = pages.performance_page(kinds, tmp_path).split("## A CPU, 2 threads, avx512")
+    row = "| [attention-fwd](#amd-attention-fwd) | 1 | **2.00** | torch SDPA | 50 % |  |"
+    assert row in short and "No peer that was measured here is faster anywhere." in short
+    assert '<a id="amd-attention-fwd"></a>' in whole and "### train-step" in whole
+    assert "![attention-fwd](../a-attention-fwd.png)" in whole and "multiply-add ports" in whole
+    case = "| S1024 | bf16 | 2 | 50% | 1.0e-03 | 1.0 | **2.00** | torch SDPA |  |  |"
+    assert case in whole and "| **fastattn cpu** | 2 | 1.8–2.2 | 50% |" in whole
+    assert "| GPT | **fastattn cpu** | 500,000 | 0.5 | 50.0% |" in whole
+    assert "no <such> thing: FlexAttention (1)" in whole
+
+
+def test_the_performance_page_says_where_others_are_faster(tmp_path):
+    slow = result("slow", ours=4e-3, theirs=2e-3)
+    runs = [document(slow), document(result("old"), date="2026-01-01", complete=False)]
+    files = [(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)]
+    text = pages.performance_page(results.by_kind(files[::-1]), tmp_path)
+    assert "- attention-fwd, slow bf16: torch SDPA is 2.00× faster" in text
+    assert "| **1.25** (0.50–2.00) | torch SDPA | 25–50 % | 1 |" in text
+    assert "*2026-01-01, commit abc*" in text and "cut by its time budget" in text
+
+
+def test_the_best_of_the_others_stands_in_a_case_s_line():
+    found = result(theirs=8e-3)
+    found["peers"]["FlexAttention"] = peer(3e-3)
+    assert digest.case_row(found)[6:] == ["**4.00**", "torch SDPA", "**1.50**", "FlexAttention"]
+    found["peers"]["fastattn cpu"] = {"refused": "not yet"}
+    assert digest.case_row(found) == ["S1024", "bf16", *[""] * 8]
 
 
 def test_a_gpu_has_its_data_sheet_s_mfu_too():
     train = result("GPT", "train-step", tokens=1000)
-    gpu = {"machine": {"data_sheet_flops": 1e12}}
-    assert "MFU 50.0% of the data sheet's 1, MFU" in report.facts([train], gpu)[0]
+    header, _, rows = digest.training([train], {"machine": {"data_sheet_flops": 1e12}})
+    assert header[-1] == "of the data sheet's 1" and rows[0][-2:] == ["50.0%", "50.0%"]
+
+
+def test_pictures_that_a_run_did_not_draw_are_drawn_by_the_report(tmp_path):
+    report.draw_missing([(tmp_path / "a.json", document(result()))])
+    assert (tmp_path / "a-attention-fwd.png").exists()
 
 
 def test_one_page_holds_all_of_it(tmp_path):
@@ -268,7 +296,9 @@ def test_mistakes_are_told_in_a_line(argv, message, capsys, monkeypatch, tmp_pat
 
 def test_list(capsys):
     assert cli.main(["--device", "cpu", "--list", "--suite", "decode"]) == 0
-    assert "0 decode               B8 H32/8 keys 4096 D128" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 decode               B8 H32/8 keys 4096 D128" in printed
+    assert "FlashInfer                      not for cpu" in printed and "Liger" not in printed
 
 
 def test_runs_on_a_gpu_are_supervised(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import results
-from ..report import markdown
+from ..pages import markdown
 from .model import bound, compiled
 from .rungs import BF16, HERE, RUNGS, Rung
 
@@ -36,7 +36,7 @@ def lines(folder: Path = results.RESULTS) -> list[str]:
     header += list(kinds) or ["measured"]
     for row in rows:
         row += [] if kinds else ["not yet"]
-    return markdown(header, rows, right=3).splitlines()
+    return markdown(header, 3, rows).splitlines()
 
 
 def measured(folder: Path) -> dict[str, dict[str, str]]:
