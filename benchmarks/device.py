@@ -7,9 +7,10 @@ device's, without the host's launch overhead. On a CPU the time is all that a ca
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +21,30 @@ from fastattn.memory import peak_memory
 from .case import Call
 
 
+class CallFailedError(RuntimeError):
+    """A call raised what is this error's cause."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CallFailedError(name) from error
+
+
 class Device(Protocol):
     torch_device: torch.device
 
     def times(self, calls: Mapping[str, Call], cold: bool) -> dict[str, float]:
-        """Seconds of each, called once in turn; with `cold` nothing is left in caches."""
+        """Seconds of each, called once in turn; with `cold` nothing is left in caches.
+
+        Raises CallFailedError where one of them fails.
+        """
 
     def probe(self) -> float:
         """Seconds of something that always takes alike, unless the machine is busy."""
@@ -46,11 +66,12 @@ class Cpu:
     def times(self, calls: Mapping[str, Call], cold: bool) -> dict[str, float]:
         seconds = {}
         for name, call in calls.items():
-            if call.before is not None:
-                call.before()
-            start = time.perf_counter()
-            call.run()
-            seconds[name] = time.perf_counter() - start
+            with named(name):
+                if call.before is not None:
+                    call.before()
+                start = time.perf_counter()
+                call.run()
+                seconds[name] = time.perf_counter() - start
         return seconds
 
     def probe(self) -> float:
@@ -95,15 +116,16 @@ class Cuda:
     def times(self, calls: Mapping[str, Call], cold: bool) -> dict[str, float]:
         events = {}
         for name, call in calls.items():
-            if call.before is not None:
-                call.before()
-            if cold:
-                self._flush.zero_()
-                self._cuda._sleep(self.BUSY_CYCLES)
             start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call.run()
-            end.record()
+            with named(name):
+                if call.before is not None:
+                    call.before()
+                if cold:
+                    self._flush.zero_()
+                    self._cuda._sleep(self.BUSY_CYCLES)
+                start.record()
+                call.run()
+                end.record()
             events[name] = start, end
         self._cuda.synchronize()
         return {name: 1e-3 * start.elapsed_time(end) for name, (start, end) in events.items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import machine, results, supervise
 from .case import Call, Case, Inputs, Peer
 from .ceilings import Ceilings
-from .device import Device
+from .device import CallFailedError, Device
 from .timing import MIN_ROUNDS, interleave, timing
 
 RECENT = 5  # cases of a suite whose durations tell what its next may take
@@ -182,10 +182,18 @@ class Run:
         self.note(case)
         rounds = QUICK_ROUNDS if self.plan.quick else MIN_ROUNDS
         seconds, cold = self.plan.seconds, case.cold
-        if taken:
-            timings = interleave(self.plan.device, taken, seconds, cold=cold, min_rounds=rounds)
-            for name, t in timings.items():
-                entries[name]["seconds"] = asdict(t)
+        while taken:
+            try:
+                timings = interleave(self.plan.device, taken, seconds, cold=cold, min_rounds=rounds)
+            except CallFailedError as error:  # where all are held there may be no memory for one
+                reason = f"{reason_of(error)}, when all took turns"
+                entries[error.name] = {"refused": reason}
+                del taken[error.name]
+            else:
+                for name, t in timings.items():
+                    entries[name]["seconds"] = asdict(t)
+                break
+            self.tidy()
         return entries
 
     def note(self, case: Case, peer: Peer | None = None) -> None:
@@ -289,6 +297,8 @@ def errors(case: Case, found: Any, exact: dict[str, Tensor]) -> dict[str, float]
 
 def reason_of(error: Exception, told: Sequence[str] = ()) -> str:
     """The first telling line of an exception; SDPA tells why it has no kernel in warnings."""
+    if isinstance(error, CallFailedError) and isinstance(error.__cause__, Exception):
+        return reason_of(error.__cause__, told)
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -125,6 +125,7 @@ def _require(ok: bool, config: TrainConfig, name: str, allowed: str) -> None:
 # ---- dataclasses from dicts --------------------------------------------------------------------
 
 T = TypeVar("T")
+KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -175,12 +176,15 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         (hint,) = (option for option in options if option is not types.NoneType)
     accepted = {float: (int, float), Path: (str, Path)}.get(hint, (hint,))
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{name} must be a {hint.__name__}, got {value!r}")
+        kind = KINDS.get(hint, hint.__name__)
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
     return hint(value)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file's content; ValueError names the file if it isn't TOML."""
+    """A TOML file's content; ValueError names the file if it isn't there or isn't TOML."""
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
     if sys.version_info >= (3, 11):
         import tomllib
     else:

@@ -283,6 +283,23 @@ def test_a_case_that_fails_as_a_whole_is_told(tmp_path):
     assert "seconds" in second["peers"]["torch"]
 
 
+def test_a_peer_that_fails_when_all_take_turns_is_left_out_alone(tmp_path):
+    """As one for whom there is no memory left beside the others."""
+    calls = []
+
+    def greedy(x):
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return 2 * x
+
+    run = Run(plan(tmp_path, [Double()], peers=[PEERS[0], peer("greedy", greedy), PEERS[1]]))
+    assert run()
+    found = run.document["results"][0]["peers"]
+    assert found["greedy"] == {"refused": "out of memory, when all took turns"}
+    assert "seconds" in found["torch"] and "seconds" in found["fastattn cpu"]
+
+
 def test_a_lost_device_ends_the_run(tmp_path, monkeypatch):
     def lost(self):
         raise supervise.DeviceLostError("unspecified launch failure")
