@@ -126,6 +126,8 @@ def run(argv: list[str]) -> int:
         complete = bench(show.begin, show.done)
     order = sorted(bench.document["results"], key=lambda r: SUITES.index(r["suite"]))
     show.summary(order)
+    for text in training_lines(order, bench.document):
+        print(text)
     print(f"Ceilings: {digest.ceilings(bench.document)}")
     pictures = [] if args.no_pictures else plots.draw(bench.document, out)
     print(f"wrote {out}" + (f" and {len(pictures)} pictures beside it" if pictures else ""))
@@ -134,6 +136,17 @@ def run(argv: list[str]) -> int:
         left = sum(key_of(case) not in have for case in chosen)
         print(f"{LEFT_OUT} {left} of {len(chosen)} cases")
     return 0
+
+
+def training_lines(found: list[dict], document: results.Document) -> list[str]:
+    """Tokens a second and MFU, where there are training steps among the results."""
+    table = digest.training(found, document)
+    if table is None:
+        return []
+    header, _, rows = table
+    words = [row[:2] + [f"{cell:>10}" for cell in row[2:]] for row in (header, *rows)]
+    lines = [f"{case:<36} {peer.strip('*'):<32}{' '.join(rest)}" for case, peer, *rest in words]
+    return [*lines, f"{digest.TRAINING_WORDS}\n"]
 
 
 def under_supervision(argv: list[str], out: Path, budget: float | None) -> int:

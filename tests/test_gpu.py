@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import emulated
 import pytest
@@ -19,6 +20,8 @@ from gpu.calibration import wgmma
 from gpu.journal import Journal, Outcome, Step, run_part, summary
 from gpu.parts import nvcc
 from torch import Tensor
+
+from benchmarks.cli import LEFT_OUT
 
 MACHINE = {"device": "a GPU", "sources": "1234"}
 FAR = time.monotonic() + 1e6
@@ -62,6 +65,15 @@ def test_a_later_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert journal.of_state("failed")
 
 
+def test_what_another_machine_has_built_is_built_here_too(tmp_path: Path) -> None:
+    file = tmp_path / "journal.json"
+    run_part("build", [Step("kernels", passes, always=True)], Journal(file, MACHINE), FAR)
+    journal = Journal(file, MACHINE)
+    run_part("build", [Step("kernels", fails, always=True)], journal, FAR)
+    assert journal.of_state("failed")
+    assert parts.bench_steps(parts.Emulated())[0].always
+
+
 def test_other_sources_begin_anew(tmp_path: Path) -> None:
     file = tmp_path / "journal.json"
     run_part("test", [Step("one", passes)], Journal(file, MACHINE), FAR)
@@ -76,6 +88,38 @@ def test_no_step_begins_without_time_and_none_hangs(tmp_path: Path) -> None:
     run_part("test", [Step("hung", hangs, limit=50)], journal, FAR)
     states = {name: entry["state"] for name, entry in journal.parts["test"].items()}
     assert states == {"late": "cut", "slow": "cut", "hung": "failed"}
+
+
+def test_what_takes_too_long_is_killed_with_what_it_has_started(tmp_path: Path) -> None:
+    target, number = parts.Emulated(), tmp_path / "pid"
+    command = ["/bin/sh", "-c", f"sleep 60 & echo $! > {number}; wait"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        parts.run(target, command, 0.5)
+    process = Path(f"/proc/{number.read_text().strip()}/stat")
+    for _ in range(50):  # it may be a zombie until its new parent looks
+        if not process.exists() or process.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("it still runs")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_benchmarks_that_ran_out_of_time_are_gone_on_with(
+    again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, commands = parts.Gpu("a GPU", 90, "nvcc"), []
+    target.again = again
+
+    def run(target: parts.Target, command: list[str], seconds: float) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, f"a table\n{LEFT_OUT} 9 of 151 cases\n")
+
+    monkeypatch.setattr(parts, "run", run)
+    outcome = parts.bench(target, 500.0)
+    first = f"{LEFT_OUT} 9 of 151 cases: run it again to go on"
+    assert outcome.state == "cut" and outcome.text.splitlines()[0] == first
+    assert ("--resume" in commands[0]) != again and "ladder" not in commands[0]
+    assert commands[0][-2:] == ["--budget", "455"]
 
 
 def test_junit_reports(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from test_gpt import CONFIGS, SMALL, each_config
+
+pytest.importorskip("safetensors")
+from safetensors.torch import load_file, save_file
 
 from fastattn.gpt import GPT, GPTConfig
 

@@ -6,7 +6,10 @@ import functools
 from collections.abc import Callable
 
 import public
+import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
