@@ -65,6 +65,25 @@ def test_whatever_the_order_of_events(emulated_arch: int, case: Case, poisoned: 
         library.set_options()
 
 
+COARSE = {75: ("causal-257", "packed-everything"), 80: ("softcap-causal", "sinks")}
+
+
+def test_with_the_coarsest_arithmetic(emulated_arch: int) -> None:
+    """A GPU's approximations and sums are nearer to exact than the option has them."""
+    library = Library(emulated.build())
+    for case in (case for case in CASES if case.name in COARSE[emulated_arch]):
+        for dtype in DTYPES[emulated_arch]:
+            p = make_problem(case, dtype)
+            if p.dropout_p > 0:
+                p = p._replace(seed=public.drawn_seed())
+            try:
+                library.set_options("coarse=1,races=0")
+                ours = gradients(p)
+            finally:
+                library.set_options()
+            assert_results_close(ours, *attention_expected(p))
+
+
 def test_deterministic_gradient_of_a_shared_bias(emulated_arch: int) -> None:
     q = torch.randn(2, 5, 2, 8, dtype=torch.float16)
     p = AttentionProblem(q, q, q, bias=torch.randn(1, 2, 1, 5, dtype=torch.float16))

@@ -85,6 +85,16 @@ def test_whatever_the_order_of_events(emulator: Library, case: Case, poisoned: N
             assert torch.equal(grad, first[name]), (mode, name)
 
 
+COARSE = ("gqa-4-causal", "packed-everything", "wide-causal")
+
+
+@pytest.mark.parametrize("case", [c for c in (*CASES, *WIDE) if c.name in COARSE], ids=str)
+def test_with_the_coarsest_arithmetic(emulator: Library, case: Case) -> None:
+    p = problem(case)
+    emulator.set_options("coarse=1,races=0")
+    assert_results_close(gradients(p), *attention_expected(p))
+
+
 def any_order(p: AttentionProblem, out: Tensor, lse: Tensor) -> list[Tensor]:
     """Gradients of (out · out) / 2, with sums of dQ in any order."""
     return [t for t in backend_cuda.attn_bwd(p, out, lse, out, None, False) if t is not None]

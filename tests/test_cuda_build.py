@@ -54,6 +54,12 @@ def test_what_is_for_other_architectures_is_not_asked_for(
     }
 
 
+@pytest.mark.parametrize("header", sorted(nvcc.HERE.glob("*.cuh")), ids=lambda file: file.name)
+def test_kernels_in_headers_are_static(header: Path) -> None:
+    """csrc/cuda/launch.cuh says why."""
+    assert not re.search(r"^(?!static |//).*__global__", header.read_text(), re.MULTILINE)
+
+
 def test_the_longest_come_first() -> None:
     names = [file.stem for file in nvcc.sources()]
     assert names[:2] == ["attn_bwd_sm90", "attn_fwd_sm90"]

@@ -157,16 +157,38 @@ def test_conversions_keep_nan(kernels: Kernels) -> None:
 
 def test_exponentials(kernels: Kernels) -> None:
     x = torch.cat(
-        [torch.linspace(-125.0, 127.0, 27), torch.tensor([-torch.inf, 0, -140, 1e-42, 1])]
+        [torch.linspace(-125.0, 127.0, 26), torch.tensor([-torch.inf, 0, -140, 1e-42, 1, -1e38])]
     )
-    out = zeros(2, 32, dtype=torch.float32)
+    out = zeros(3, 32, dtype=torch.float32)
     kernels.run("exponentials", [x], [out])
-    power, log = out
-    torch.testing.assert_close(power[:27], torch.exp2(x[:27]), rtol=3e-7, atol=0)
-    assert power[27:].tolist() == [0, 1, 0, 1, 2]  # denormals are flushed, in and out
-    positive = x[:27] > 0
-    torch.testing.assert_close(log[:27][positive], torch.log2(x[:27][positive]))
-    assert log[28] == log[30] == -torch.inf and log[31] == 0
+    power, log, inverse = out
+    torch.testing.assert_close(power[:26], torch.exp2(x[:26]), rtol=3e-7, atol=0)
+    assert power[26:].tolist() == [0, 1, 0, 1, 2, 0]  # denormals are flushed, in and out
+    positive = x[:26] > 0
+    torch.testing.assert_close(log[:26][positive], torch.log2(x[:26][positive]))
+    assert log[27] == log[29] == -torch.inf and log[30] == 0
+    torch.testing.assert_close(inverse[:26], 1 / x[:26])
+    assert inverse[26:].tolist() == [0, torch.inf, pytest.approx(-1 / 140), torch.inf, 1, 0]
+
+
+def test_coarse_arithmetic(kernels: Kernels) -> None:
+    """Approximations are off by what the PTX ISA allows, products' sums cut off."""
+    x = torch.linspace(-3.1, 3.3, 32)
+    exact, coarse = zeros(3, 32, dtype=torch.float32), zeros(3, 32, dtype=torch.float32)
+    kernels.run("exponentials", [x], [exact])
+    kernels.run("exponentials", [x], [coarse], options="coarse=1")
+    steps = (coarse.view(torch.int32) - exact.view(torch.int32))[:, x > 0]
+    assert set(steps[0].tolist()) == {-2, 2} and set(steps[1:].flatten().tolist()) == {-1, 1}
+    a, b = torch.zeros(16, 16), torch.zeros(16, 8)
+    a[:, 0], b[0] = 1.0, 1.0
+    a[:, 1], b[1] = -(2.0**-12), 1.5 * 2.0**-12  # 1.5 of one's next lower bits: one bit is lost
+    sums = {}
+    for options in ("", "coarse=1"):
+        d = torch.zeros(16, 8)
+        kernels.run("mma_k16_bf16", [a.bfloat16(), b.T.contiguous().bfloat16()], [d],
+                    shared_bytes=768, options=options)  # fmt: skip
+        sums[options] = float(d[3, 3])
+    assert sums == {"": 1 - 2.0**-23, "coarse=1": 1.0}
 
 
 @pytest.mark.parametrize("options", COMPLETIONS)

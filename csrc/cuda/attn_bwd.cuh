@@ -45,7 +45,7 @@ struct WarpRow {
 
 // delta and lse, a warp to a row.
 template <class T>
-__global__ void __launch_bounds__(128)
+static __global__ void __launch_bounds__(128)
     attn_bwd_prep_kernel(const __grid_constant__ AttnBwdLaunch launch) {
   const AttnBwdParams& b = launch.params;
   const AttnFwdParams& p = b.fwd;
@@ -79,7 +79,7 @@ static __global__ void __launch_bounds__(32)
     const int64_t first = (batch * p.heads_q + head) * p.seqlen_q;
     const Sequence s = sequence_at(p, batch);
     for (int64_t i = lane; i < s.seqlen_q; i += 32) {
-      sum -= ptx::ex2((sink - launch.lse[first + i]) * kLog2E) * launch.delta[first + i];
+      sum -= expf(sink - launch.lse[first + i]) * launch.delta[first + i];
     }
   }
 #pragma unroll
@@ -110,7 +110,7 @@ struct KeyStages {
 };
 
 template <class Math, int kHeadDim, Scores kScores>
-__global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
+static __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
     attn_bwd_dq_kernel(const __grid_constant__ AttnBwdLaunch launch) {
   using T = typename Math::T;
   using Size = BwdTile<Math, kHeadDim>;
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
 enum class Part { kBoth, kDK, kDV };
 
 template <class Math, int kHeadDim, Scores kScores, Part kPart>
-__global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
+static __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
     attn_bwd_dkv_kernel(const __grid_constant__ AttnBwdLaunch launch) {
   using T = typename Math::T;
   using Size = BwdTile<Math, kHeadDim>;

@@ -132,7 +132,7 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
 }
 
 template <class T, int kHeadDim, Scores kScores>
-__global__ void __launch_bounds__(BwdTileSm90::kThreads, 1)
+static __global__ void __launch_bounds__(BwdTileSm90::kThreads, 1)
     attn_bwd_sm90_kernel(const __grid_constant__ AttnBwdSm90Launch launch) {
   const KeyTile<kHeadDim> tile(launch.bwd.params.fwd, launch.bwd.order);
   if (tile.keys <= 0) return;
@@ -184,7 +184,7 @@ struct DQStoreLaunch {
 
 // dQ of the sums, a warp to a row.
 template <class T>
-__global__ void __launch_bounds__(128)
+static __global__ void __launch_bounds__(128)
     attn_bwd_dq_store_kernel(const __grid_constant__ DQStoreLaunch launch) {
   const AttnBwdParams& b = launch.params;
   const AttnFwdParams& p = b.fwd;

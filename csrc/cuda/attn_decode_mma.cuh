@@ -39,7 +39,7 @@ FASTATTN_DEVICE float quad_sum(float x) {
 }
 
 template <class Arch, class T, int kDims>
-__global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
+static __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
     attn_decode_mma_kernel(const __grid_constant__ KernelParams p) {
   constexpr int kWarps = kThreads / 32, kChunks = kDims / 32, kHalves = kDims / 64;
   FASTATTN_SHARED(memory);

@@ -32,8 +32,8 @@ namespace fastattn::cuda {
 // One block an SM is asked of ptxas 13.0 where it would spill without (rich, on sm_120), and not
 // where it would spill with (plain, on sm_100).
 template <class Arch, class T, int kHeadDim, Scores kScores>
-__global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads(),
-                                  kScores == Scores::kRich)
+static __global__ void __launch_bounds__(fwd_tile<Arch>(kHeadDim, kScores).threads(),
+                                         kScores == Scores::kRich)
     attn_fwd_kernel(const __grid_constant__ AttnFwdLaunch launch) {
   constexpr FwdTile kTile = fwd_tile<Arch>(kHeadDim, kScores);
   constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n;

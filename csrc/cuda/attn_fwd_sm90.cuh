@@ -217,7 +217,7 @@ FASTATTN_DEVICE void consume(const AttnFwdLaunch& launch, FwdSharedSm90<kHeadDim
 }
 
 template <class T, int kHeadDim, Scores kScores>
-__global__ void __launch_bounds__(fwd_tile_sm90(kHeadDim, kScores).threads(), 1)
+static __global__ void __launch_bounds__(fwd_tile_sm90(kHeadDim, kScores).threads(), 1)
     attn_fwd_sm90_kernel(const __grid_constant__ AttnFwdSm90Launch launch) {
   constexpr FwdTileSm90 kTile = fwd_tile_sm90(kHeadDim, kScores);
   FASTATTN_SHARED(bytes);

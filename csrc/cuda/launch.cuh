@@ -1,5 +1,8 @@
 // Starting a kernel, on a GPU or in the emulator. A kernel takes one struct:
 //   template <…> __global__ void __launch_bounds__(kThreads) name(const __grid_constant__ Params p)
+//
+// In a header it is static: files are compiled for different architectures, and where two have the
+// same instance, nvcc before 13 lets both start that of one of them.
 #pragma once
 
 #include <stdexcept>

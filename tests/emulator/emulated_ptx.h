@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "coarse.h"
 #include "elements.cuh"
 
 namespace fastattn::cuda::ptx {
@@ -63,12 +64,11 @@ EMULATED int anew(unsigned x) { return static_cast<int>(x); }
 
 // --- arithmetic ----------------------------------------------------------------------------------
 
-// Results below 2^-126 are flushed to zero, as .ftz has it.
-EMULATED float ex2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
-EMULATED float lg2(float x) { return log2f(std::fabs(x) < 0x1p-126f ? 0.0f : x); }
-EMULATED float rcp(float x) {
-  return 1.0f / (std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x);
-}
+// Operands and results below 2^-126 are flushed to zero, as .ftz has it.
+EMULATED float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+EMULATED float ex2(float x) { return emulator::approximated(x < -126.0f ? 0.0f : exp2f(x), 2); }
+EMULATED float lg2(float x) { return emulator::approximated(log2f(flushed(x)), 1); }
+EMULATED float rcp(float x) { return flushed(emulator::approximated(1.0f / flushed(x), 1)); }
 
 EMULATED uint32_t pack(float low, float high, bf16) {
   return emulator::float_to_bf16(low) | uint32_t(emulator::float_to_bf16(high)) << 16;

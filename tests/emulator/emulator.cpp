@@ -7,6 +7,7 @@
 #include "barriers.cpp"
 #include "block.cpp"
 #include "bulk_copy.cpp"
+#include "coarse.cpp"
 #include "fiber.cpp"
 #include "global_memory.cpp"
 #include "global_shadow.cpp"

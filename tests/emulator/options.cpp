@@ -39,6 +39,8 @@ Options parse_options(const std::string& text) {
       o.races = number() != 0;
     } else if (name == "banks") {
       o.banks = number() != 0;
+    } else if (name == "coarse") {
+      o.coarse = number() != 0;
     } else if (name == "co_scheduled") {
       o.co_scheduled = number() != 0;
     } else if (name == "without" && equals != std::string::npos) {
@@ -48,7 +50,7 @@ Options parse_options(const std::string& text) {
     } else {
       throw std::invalid_argument("emulator: no option \"" + word +
                                   "\"; there are eager, lazy, random, seed=, races=, "
-                                  "banks=, co_scheduled=, shared_limit=, without=");
+                                  "banks=, coarse=, co_scheduled=, shared_limit=, without=");
     }
   }
   return o;

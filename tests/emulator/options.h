@@ -15,9 +15,10 @@ enum class Completion {
 
 struct Options {
   Completion completion = Completion::kLazy;
-  uint64_t seed = 0;   // of the order of warps and blocks; 0: as numbered
-  bool races = true;   // races and reads of uninitialised shared memory
-  bool banks = false;  // counts conflicts of shared memory's banks: emulator_bank_conflicts
+  uint64_t seed = 0;    // of the order of warps and blocks; 0: as numbered
+  bool races = true;    // races and reads of uninitialised shared memory
+  bool banks = false;   // counts conflicts of shared memory's banks: emulator_bank_conflicts
+  bool coarse = false;  // arithmetic is as inexact as a GPU's may be: coarse.h
   bool co_scheduled =
       false;  // all blocks of a grid are in flight, for those that wait on each other
   int shared_limit = 227 * 1024;  // bytes a block may ask for

@@ -112,12 +112,13 @@ __global__ void conversions(const __grid_constant__ Arguments a) {
   pointer<float>(a, 3)[i + 1] = ptx::to_float(fp16{static_cast<uint16_t>(halves >> 16)});
 }
 
-// in: fp32 (32); out: (2, 32) 2^x, log2 x
+// in: fp32 (32); out: (3, 32) 2^x, log2 x, 1/x
 __global__ void exponentials(const __grid_constant__ Arguments a) {
   const int lane = threadIdx.x;
   const float x = pointer<float>(a, 0)[lane];
   pointer<float>(a, 1)[lane] = ptx::ex2(x);
   pointer<float>(a, 1)[32 + lane] = ptx::lg2(x);
+  pointer<float>(a, 1)[64 + lane] = ptx::rcp(x);
 }
 
 // in: bytes (17 · 16); out: the same through shared memory, the first n bytes of row n

@@ -3,6 +3,7 @@
 
 #include "bits.h"
 #include "block.h"
+#include "coarse.h"
 #include "options.h"
 #include "planted_fault.h"
 #include "report.h"
@@ -157,6 +158,11 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, Format format, int k, S
                          c[i / 4 + q / 2 * 8][2 * (i % 4) + q % 2] = lanes[i]->d[q];
                      }
                      for (int row = 0; row < 16; ++row) {
+                       if (options().coarse) {
+                         for (int col = 0; col < 8; ++col)
+                           c[row][col] = coarse_sum(c[row][col], a[row], &b[0][col], 8, k);
+                         continue;
+                       }
                        for (int x = 0; x < k; ++x) {
                          for (int col = 0; col < 8; ++col) c[row][col] += a[row][x] * b[x][col];
                        }

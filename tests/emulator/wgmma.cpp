@@ -5,6 +5,7 @@
 
 #include "bits.h"
 #include "block.h"
+#include "coarse.h"
 #include "options.h"
 #include "planted_fault.h"
 #include "report.h"
@@ -183,6 +184,12 @@ void issue(Warpgroup& w, const Lane* const* lanes, int n, Site site) {
                         for (int row = 0; row < kM; ++row) {
                           float* to = &sums->values[static_cast<size_t>(row) * n];
                           if (!first.accumulate) std::fill(to, to + n, 0.0f);
+                          if (options().coarse) {
+                            for (int column = 0; column < n; ++column)
+                              to[column] =
+                                  coarse_sum(to[column], p.a[row], &p.b[0][column], kMostN, kK);
+                            continue;
+                          }
                           for (int k = 0; k < kK; ++k) {
                             for (int column = 0; column < n; ++column)
                               to[column] += p.a[row][k] * p.b[k][column];
