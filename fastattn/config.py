@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from .gpt import GPTConfig
 
-Precision = Literal["auto", "fp32", "bf16"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["cosine", "wsd"]
 
@@ -59,8 +59,8 @@ class TrainConfig:
 
     # --- numbers
     seed: int = 1337  # of weights, order of data, dropout and samples
-    # Without matrix tiles (AMX) a CPU computes bf16 products at half fp32's speed or less.
-    precision: Precision = "auto"  # bf16 = autocast, fp32 weights; auto = bf16 on CUDA, else fp32
+    # bf16 and fp16: autocast, weights in fp32
+    precision: PrecisionName = "auto"  # auto = the fastest on the device
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto = cuda if there is one
     backend: str | None = None  # of attention and loss: cpu, reference; None = the best usable
 

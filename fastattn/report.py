@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import precision
 from .attention import explain
 from .files import replacing
 from .flops import Peak
@@ -122,7 +123,7 @@ def describe(t: Trainer, peak: Peak | None) -> str:
         ("optimizer", f"{muon}AdamW at {c.lr:g}"),
         ("schedule", f"{c.warmup_steps} steps up, then {fall} down to {c.final_lr:g} of the peak"),
         ("length", f"{c.steps:,} steps = {epochs:.2f} epochs{limit}"),
-        ("precision", precision_note(c.precision, t.device)),
+        ("precision", precision.note(t.precision, t.device)),
         *(("" if i else "backend", line) for i, line in enumerate(attention_choice(t))),
         ("FLOPs", f"{flops} a token = 6 N + 12·L·C·T, N = {size_in_products}, T = {c.T}"),
         ("MFU", f"FLOPs a second over {si(peak.flops)}: {peak.source}" if peak else "n/a: no peak"),
@@ -131,18 +132,10 @@ def describe(t: Trainer, peak: Peak | None) -> str:
     return "\n".join(f"{label:<11}{text}" for label, text in rows)
 
 
-def precision_note(precision: str, device: torch.device) -> str:
-    if precision == "bf16":
-        return "bf16 autocast, fp32 weights"
-    if device.type == "cpu":
-        return "fp32: without matrix tiles (AMX) a CPU computes bf16 products no faster"
-    return "fp32"
-
-
 def attention_choice(t: Trainer) -> list[str]:
     """`explain` of the attention in a training step, a line a backend."""
     c, m = t.config, t.config.model
-    dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
+    dtype = precision.DTYPES[t.precision]
     q = torch.empty(c.batch_size, c.T, m.n_head, m.head_dim, dtype=dtype, device=t.device)
     k = torch.empty(c.batch_size, c.T, m.kv_heads, m.head_dim, dtype=dtype, device=t.device)
     verdicts = explain(

@@ -28,7 +28,6 @@ import statistics
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +40,7 @@ from .data import TokenDataset
 from .files import read_json, write_json
 from .flops import device_peak
 from .gpt import GPT, GPTConfig
+from .precision import DTYPES, Precision, autocast, fastest, gradient_scaler
 from .sampler import Batch, WindowSampler, eval_batches
 from .tokenizer import BPETokenizer, Tokenizer
 
@@ -53,7 +53,7 @@ EVAL_BATCH_TOKENS = 8192  # at a time at least: without gradients they take litt
 
 class StepResult(NamedTuple):
     loss: float  # nats a token
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping; not finite where fp16 overflowed
     lr: float  # AdamW's
     seconds: float
 
@@ -73,6 +73,9 @@ class Trainer:
         self.model = GPT(c.model).to(self.device)
         self.optimizer = make_optimizer(self.model, c)
         self.sampler = WindowSampler(self.train_data.tokens, c.T, seed=c.seed)
+        assert c.precision != "auto"
+        self.precision: Precision = c.precision
+        self.scaler = gradient_scaler(self.precision, self.device)
         self.step = 0  # steps taken
 
     @property
@@ -100,14 +103,16 @@ class Trainer:
             # weigh more, the more of its neighbours are ignored.
             with self._autocast():
                 part = self.model(idx, targets, reduction="sum", backend=c.backend) / valid
-            part.backward()
+            self.scaler.scale(part).backward()
             loss += part.item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} in step {self.step + 1}")
+        self.scaler.unscale_(self.optimizer)
         grad_norm = optim.clip_grad_norm(self.model.parameters(), c.clip).item()
         factor = lr_factor(c, self.step)
         optim.set_lr(self.optimizer, factor)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # changes nothing where a gradient overflowed fp16
+        self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
         return StepResult(loss, grad_norm, factor * c.lr, time.perf_counter() - begin)
@@ -131,7 +136,11 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """A checkpoint of this step into `folder`; the oldest beyond keep_checkpoints go."""
-        state = {"sampler": self.sampler.state_dict(), "data_sha256": self.train_data.sha256}
+        state = {
+            "sampler": self.sampler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "data_sha256": self.train_data.sha256,
+        }
         checkpoint.save(
             *(folder, self.step, self.model, self.optimizer, state),
             keep_last=self.config.keep_checkpoints,
@@ -151,15 +160,16 @@ class Trainer:
                 f"{newest} was trained on other data than {self.train_data.path} holds"
             )
         self.sampler.load_state_dict(saved.state["sampler"])
+        if scaler := saved.state.get("scaler"):  # there is none but in fp16
+            self.scaler.load_state_dict(scaler)
         saved.restore(self.model, self.optimizer)  # and torch's generators
         self.step = saved.step
 
     def _to_device(self, batch: Batch) -> Batch:
         return batch[0].to(self.device), batch[1].to(self.device)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.precision, self.device)
 
 
 def mean_loss(model: GPT, batches: Iterable[Batch], *, backend: str | None = None) -> float:
@@ -190,7 +200,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if device.startswith("cuda") else "fp32"
+        precision = fastest(torch.device(device))
     if config.model.vocab_size not in (GPTConfig().vocab_size, data.vocab_size):
         raise ValueError(
             f"model.vocab_size is the tokenizer's {data.vocab_size}, got {config.model.vocab_size}"
@@ -281,7 +291,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
     write_json(folder / CONFIG, to_dict(c))
     t.tokenizer.save(folder)
 
-    peak = device_peak(t.device, torch.bfloat16 if c.precision == "bf16" else torch.float32)
+    peak = device_peak(t.device, DTYPES[t.precision])
     print(report.describe(t, peak), flush=True)
     log = report.RunLog(folder, step=t.step, tensorboard=c.tensorboard)
     if t.step == 0:

@@ -1,5 +1,6 @@
 """Training: resume bit for bit, accumulation, backends, signals, and what a run leaves behind."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -212,7 +213,7 @@ def test_accumulation_changes_memory_not_the_gradient(config):
     # The same windows in one micro-batch or four: the sums differ in order only.
     losses = {}
     for batch_size in (1, 4):
-        t = Trainer(dataclasses.replace(config, batch_size=batch_size))
+        t = Trainer(dataclasses.replace(config, precision="fp32", batch_size=batch_size))
         assert t.config.accumulation == 4 // batch_size
         losses[batch_size] = [t.train_step().loss for _ in range(5)]
     assert losses[1] == pytest.approx(losses[4], rel=1e-5)
@@ -220,7 +221,7 @@ def test_accumulation_changes_memory_not_the_gradient(config):
 
 def test_loss_is_divided_by_valid_tokens_of_the_whole_step(config, monkeypatch):
     # Micro-batch 1 has one valid target, micro-batch 2 all: each target must weigh the same.
-    t = Trainer(config)
+    t = Trainer(dataclasses.replace(config, precision="fp32"))
     batches = [t.sampler.batch(2), t.sampler.batch(2)]
     batches[0][1].view(-1)[1:] = -100
     idx, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -240,8 +241,9 @@ def test_reference_and_kernels_agree_for_50_steps(config):
     paths = {}
     for backend in (None, "reference"):
         adamw = dataclasses.replace(
-            config, backend=backend, optimizer="adamw", lr=1e-3, steps=50, warmup_steps=10
-        )
+            config, precision="fp32", backend=backend, optimizer="adamw", lr=1e-3, steps=50,
+            warmup_steps=10,
+        )  # fmt: skip
         t = Trainer(adamw)
         paths[backend] = [t.train_step().loss for _ in range(50)]
     assert paths[None] == pytest.approx(paths["reference"], abs=1e-5)
@@ -266,15 +268,40 @@ def test_evaluation_and_samples_draw_no_random_numbers(config):
     assert t.model.training
 
 
-def test_bf16_autocast_trains_close_to_fp32(config):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sixteen_bits_train_close_to_fp32(config, optimizer):
     losses = {}
-    for precision in ("fp32", "bf16"):
-        t = Trainer(dataclasses.replace(config, precision=precision))
+    for precision in ("fp32", "bf16", "fp16"):
+        t = Trainer(dataclasses.replace(config, precision=precision, optimizer=optimizer))
         losses[precision] = [t.train_step().loss for _ in range(8)]
         assert all(p.dtype == torch.float32 for p in t.model.parameters())
-    # bf16 has 8 bits, 2⁻⁸ = 0.4 % a rounding; a mean over 128 tokens errs less.
+    # bf16 has 8 bits, 2⁻⁸ = 0.4 % a rounding, fp16 11; a mean over 128 tokens errs less.
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2**-6)
-    assert losses["bf16"] != losses["fp32"]
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=2**-9)
+    assert len({tuple(steps) for steps in losses.values()}) == 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_step_that_overflows_fp16_changes_nothing_but_the_scale(config, optimizer):
+    t = Trainer(dataclasses.replace(config, precision="fp16", optimizer=optimizer))
+    t.train_step()
+    before, scale = copy.deepcopy(t.model.state_dict()), t.scaler.get_scale()
+    t.scaler.update(2.0**60)
+    assert not math.isfinite(t.train_step().grad_norm)
+    assert all(torch.equal(before[name], p) for name, p in t.model.state_dict().items())
+    assert t.scaler.get_scale() == 2.0**59
+    t.scaler.update(scale)
+    assert math.isfinite(t.train_step().grad_norm)
+
+
+def test_resumed_run_keeps_its_gradient_scale(config):
+    config = dataclasses.replace(config, precision="fp16")
+    t = train(config)
+    t.scaler.update(1024.0)
+    t.save(config.out / "checkpoints")
+    again = Trainer(config)
+    again.load(config.out / "checkpoints")
+    assert again.scaler.get_scale() == 1024.0
 
 
 def test_loss_that_is_no_number_stops_the_run(config, monkeypatch):
