@@ -25,6 +25,12 @@ class OwnProducts(TorchProducts):
     def operand(self, t: Tensor) -> Tensor:
         return t if 1 in t.stride() else t.contiguous()
 
+    def gradient(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Products with bf16 would round it to bf16 whenever they read it: that is done once."""
+        if dtype != torch.bfloat16:
+            return logits
+        return logits.view(dtype)[:, : logits.shape[1]]
+
     def multiply(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         torch.ops.fastattn_C.matmul(a, b, out, accumulate)
 

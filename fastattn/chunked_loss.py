@@ -58,8 +58,9 @@ def forward_backward(
     total = torch.zeros((), dtype=torch.float32, device=p.x.device)
     for chunk in _chunks(p, products, workspace_bytes):
         problem = p.of_logits(chunk.logits, chunk.rows)
-        loss, _ = row.cross_entropy_fwd(problem, scale, chunk.logits)
-        gradients.add(chunk)
+        dlogits = products.gradient(chunk.logits, p.x.dtype)
+        loss, _ = row.cross_entropy_fwd(problem, scale, dlogits)
+        gradients.add(chunk, dlogits)
         total += loss.sum()
     return total * scale, gradients.dx, gradients.dw, gradients.dbias
 
@@ -79,8 +80,9 @@ def backward(
     for chunk in _chunks(p, products, workspace_bytes):
         problem, rows = p.of_logits(chunk.logits, chunk.rows), chunk.rows
         upstream = (dloss[rows], None if dlse is None else dlse[rows])
-        row.cross_entropy_bwd(problem, lse[rows], *upstream, chunk.logits)
-        gradients.add(chunk)
+        dlogits = products.gradient(chunk.logits, p.x.dtype)
+        row.cross_entropy_bwd(problem, lse[rows], *upstream, dlogits)
+        gradients.add(chunk, dlogits)
     dtype = p.linear_weight.dtype
     return gradients.dx, gradients.dw.to(dtype), gradients.dbias.to(dtype)
 
@@ -136,9 +138,8 @@ class _Gradients:
         self.dw = p.x.new_empty((vocab, channels) if want_dw else (0,), dtype=torch.float32)
         self.dbias = p.x.new_zeros((vocab,) if want_dbias else (0,), dtype=torch.float32)
 
-    def add(self, chunk: _Chunk) -> None:
-        """`chunk.logits` hold their gradient by now."""
-        rows, x, weight, dlogits = chunk
+    def add(self, chunk: _Chunk, dlogits: Tensor) -> None:
+        rows, x, weight, _ = chunk
         if self.want_dx:
             dx = self.dx[rows]
             sums = dx if dx.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
@@ -148,5 +149,5 @@ class _Gradients:
         if self.want_dw:
             self.products.multiply(dlogits.t(), x, self.dw, accumulate=not self.first)
         if self.want_dbias:
-            self.dbias += dlogits.sum(0)
+            self.dbias += dlogits.sum(0, dtype=torch.float32)
         self.first = False

@@ -16,6 +16,13 @@ class TorchProducts:
         """`t` as `multiply` takes it; worth keeping where it's used more than once."""
         return t.float()
 
+    def gradient(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """In the memory of `logits` (N, V) fp32, what will hold their gradient for `multiply`.
+
+        `dtype` is that of the matrices which the gradient is multiplied by.
+        """
+        return logits
+
     def multiply(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         """out (M, N) fp32 = a (M, K) @ b (K, N), or += with `accumulate`."""
         # beta = 0 ignores what fresh memory holds.

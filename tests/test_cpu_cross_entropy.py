@@ -84,6 +84,36 @@ def test_the_gradient_may_take_the_logits_place(case: CrossEntropyCase, dtype: t
     torch.testing.assert_close(fused, expected, rtol=4 * max(eps, 2e-7), atol=1e-6)
 
 
+@pytest.mark.parametrize("case", [*CE_CASES, LONG], ids=str)
+def test_the_gradient_of_float32_may_be_bfloat16_in_its_place(case: CrossEntropyCase) -> None:
+    p = make_cross_entropy_problem(case, torch.float32)
+    dloss = random_like(torch.empty(p.logits.shape[0]), 1)
+    exact = torch.full_like(p.logits, math.nan)
+    loss, lse = forward(p, dloss, exact)
+    expected = exact.to(torch.bfloat16)
+
+    apart = torch.full_like(p.logits, math.nan, dtype=torch.bfloat16)
+    forward(p, dloss, apart)
+    assert torch.equal(apart, expected)
+    for in_backward in (False, True):
+        logits = p.logits.clone()  # contiguous
+        inside = logits.view(torch.bfloat16)[:, : logits.shape[1]]
+        in_place = p._replace(logits=logits)
+        if in_backward:
+            expected = backward(p, lse, dloss).to(torch.bfloat16)
+            backward(in_place, lse, dloss, dlogits=inside)
+        else:
+            assert torch.equal(forward(in_place, dloss, inside)[0], loss)
+        assert torch.equal(inside, expected)
+
+
+def test_other_dtypes_of_the_gradient_are_refused() -> None:
+    for logits, dlogits in ((torch.float32, torch.float16), (torch.bfloat16, torch.float32)):
+        p = problem([[1.0, 2.0]], [0], logits)
+        with pytest.raises(RuntimeError, match="dlogits must be of the logits' dtype"):
+            forward(p, torch.ones(1), torch.empty(1, 2, dtype=dlogits))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", (1, 15, 33, 2047, 2049, 4097))
 def test_rows_of_any_alignment_stay_within_their_bounds(vocab: int, dtype: torch.dtype) -> None:

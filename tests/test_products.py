@@ -65,8 +65,17 @@ def test_dtypes(products: TorchProducts, a_dtype: torch.dtype, b_dtype: torch.dt
 
 
 @pytest.mark.parametrize("products", PRODUCTS, ids=lambda p: type(p).__name__)
-def test_several_blocks_of_rows_and_columns(products: TorchProducts) -> None:
-    assert_multiplies(products, torch.randn(2500, 9), torch.randn(9, 1100))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_blocks_of_rows_and_columns(products: TorchProducts, dtype: torch.dtype) -> None:
+    assert_multiplies(products, torch.randn(2500, 9).to(dtype), torch.randn(9, 1100).to(dtype))
+
+
+@pytest.mark.parametrize("products", PRODUCTS, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deeper_than_is_packed_at_once(products: TorchProducts, dtype: torch.dtype) -> None:
+    for a_by_column, b_by_column in itertools.product((False, True), repeat=2):
+        a = matrix(300, 5000, a_by_column, dtype, 1)
+        assert_multiplies(products, a, matrix(5000, 75, b_by_column, dtype, 2))
 
 
 @pytest.mark.parametrize("products", PRODUCTS, ids=lambda p: type(p).__name__)

@@ -139,10 +139,22 @@ FASTATTN_INLINE Vec gradient(Vec x, Vec w, float cap, Vec shift, Vec a, Vec s) {
   return (broadcast(1.0f) - t * t) * (a * exp(broadcast(cap) * t - shift) - s * w);
 }
 
-// Writes a row's gradient but for the target's own term. dx may be x.
-template <bool kRich, class T>
+// Stores what load_pair<T> loaded as elements of type G.
+template <class T, class G>
+FASTATTN_INLINE void store_pair_of(G* p, Pair x) {
+  if constexpr (std::is_same_v<T, G>) {
+    store_pair(p, x);
+  } else {
+    store(p, x.a);
+    store(p + kLanes, x.b);
+  }
+}
+
+// Writes a row's gradient but for the target's own term. dx may be x, also where G is shorter than
+// T and it takes the first half of x's memory; past_caches only where G is T.
+template <bool kRich, class T, class G>
 FASTATTN_INLINE void write_gradient(const T* x, const CrossEntropyParams& p, float row_max,
-                                    float a_, float s_, bool past_caches, T* dx) {
+                                    float a_, float s_, bool past_caches, G* dx) {
   const Vec shift = broadcast(row_max), a = broadcast(a_), s = broadcast(s_), one = broadcast(1.0f);
   const auto write_until = [&](int64_t i, int64_t end) {
     for (; i < end; i += kLanes) {
@@ -161,26 +173,26 @@ FASTATTN_INLINE void write_gradient(const T* x, const CrossEntropyParams& p, flo
     };
     if (past_caches) {
       const uintptr_t beyond_line = reinterpret_cast<uintptr_t>(dx) % 64;
-      if (beyond_line) i = std::min<int64_t>(p.vocab, (64 - beyond_line) / sizeof(T));
+      if (beyond_line) i = std::min<int64_t>(p.vocab, (64 - beyond_line) / sizeof(G));
       write_until(0, i);
       for (; i + 2 * kLanes <= p.vocab; i += 2 * kLanes) stream_pair(dx + i, pair_at(i));
     } else {
-      for (; i + 2 * kLanes <= p.vocab; i += 2 * kLanes) store_pair(dx + i, pair_at(i));
+      for (; i + 2 * kLanes <= p.vocab; i += 2 * kLanes) store_pair_of<T>(dx + i, pair_at(i));
     }
   }
   write_until(i, p.vocab);
 }
 
 // Loss and lse of row r where p.loss is set, its gradient where p.dlogits is.
-template <bool kRich, class T>
+template <bool kRich, class T, class G>
 void one_row(const CrossEntropyParams& p, int64_t r, bool past_caches) {
   const T* x = static_cast<const T*>(p.logits) + r * p.logits_stride;
-  T* dx = p.dlogits ? static_cast<T*>(p.dlogits) + r * p.dlogits_stride : nullptr;
+  G* dx = p.dlogits ? static_cast<G*>(p.dlogits) + r * p.dlogits_stride : nullptr;
   const int64_t target = p.target[r];
   const bool ignored = target == p.ignore_index;
   const float dlse = p.dlse ? p.dlse[r] : 0.0f;
   if (ignored && dlse == 0 && !p.loss) {
-    std::fill_n(dx, p.vocab, T{});
+    std::fill_n(dx, p.vocab, G{});
     return;
   }
 
@@ -208,7 +220,7 @@ void one_row(const CrossEntropyParams& p, int64_t r, bool past_caches) {
   }
   if (!dx) return;
   if (ignored && dlse == 0) {
-    std::fill_n(dx, p.vocab, T{});
+    std::fill_n(dx, p.vocab, G{});
     return;
   }
 
@@ -224,16 +236,17 @@ void one_row(const CrossEntropyParams& p, int64_t r, bool past_caches) {
   }
 }
 
-template <bool kRich, class T>
+template <bool kRich, class T, class G>
 void all_rows(const CrossEntropyParams& p, const Pool& pool) {
   const int64_t bytes = p.rows * p.vocab * int64_t(sizeof(T));
-  const bool past_caches = p.dlogits && p.dlogits != p.logits && bytes >= kStreamBytes;
+  const bool past_caches =
+      std::is_same_v<T, G> && p.dlogits && p.dlogits != p.logits && bytes >= kStreamBytes;
   if (past_caches && p.dlogits_stride == p.vocab) advise_huge_pages(p.dlogits, bytes);
   const int64_t task_rows = std::max<int64_t>(1, kTaskLogits / std::max<int64_t>(1, p.vocab));
   pool.run((p.rows + task_rows - 1) / task_rows, [&](int64_t task) {
     [[maybe_unused]] const FlushDenormals guard;
     const int64_t end = std::min(p.rows, (task + 1) * task_rows);
-    for (int64_t r = task * task_rows; r < end; r++) one_row<kRich, T>(p, r, past_caches);
+    for (int64_t r = task * task_rows; r < end; r++) one_row<kRich, T, G>(p, r, past_caches);
     if (past_caches) stream_fence();
   });
 }
@@ -242,7 +255,12 @@ inline void run(const CrossEntropyParams& p, const Pool& pool) {
   const bool rich = p.softcap > 0 || p.label_smoothing > 0;
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    rich ? all_rows<true, T>(p, pool) : all_rows<false, T>(p, pool);
+    if constexpr (std::is_same_v<T, float>) {
+      if (p.dlogits && p.dlogits_dtype == DType::kBF16) {
+        return rich ? all_rows<true, T, bf16>(p, pool) : all_rows<false, T, bf16>(p, pool);
+      }
+    }
+    rich ? all_rows<true, T, T>(p, pool) : all_rows<false, T, T>(p, pool);
   });
 }
 

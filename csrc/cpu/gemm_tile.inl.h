@@ -22,6 +22,8 @@ struct Scale {
 struct Add {
   FASTATTN_INLINE Vec operator()(const float* c, int, Vec sum) const { return load(c) + sum; }
 };
+// C is in no cache yet: it is prefetched while the sums are made.
+struct AddFar : Add {};
 template <int V>
 struct RescaleAndAdd {  // C's columns are multiplied by `scale` first
   const Vec (&scale)[V];
@@ -40,7 +42,10 @@ FASTATTN_INLINE void multiply_block(int64_t row, int64_t depth, Left<E> a, const
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) acc[r][v] = zero();
+    for (int v = 0; v < V; v++) {
+      if constexpr (std::is_same_v<Join, AddFar>) prefetch_l1(c + r * ldc + v * kLanes);
+      acc[r][v] = zero();
+    }
   }
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++) {

@@ -14,6 +14,10 @@ constexpr bool kDotsBf16 = false;
 struct PairScores;
 #endif
 
+// Has a line that is met soon, and once, on its way. Zen 5 reads 27 GB/s a core by way of L1, 23 by
+// L2, of 30 that it could.
+FASTATTN_INLINE void prefetch_soon(const void* p) { kDotsBf16 ? prefetch_l1(p) : prefetch_l2(p); }
+
 template <class T>  // T: of the tensors
 using Operand = std::conditional_t<kDotsBf16 && std::is_same_v<T, bf16>, bf16x2, float>;
 template <class E>

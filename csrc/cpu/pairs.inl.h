@@ -5,7 +5,12 @@ template <class T>
 static void round_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, bf16* dst,
                        int64_t ld) {
   for (int64_t r = 0; r < rows; r++, src += stride, dst += ld) {
-    for (int64_t c = 0; c < cols; c += kLanes) {
+    int64_t c = 0;
+    if constexpr (std::is_same_v<T, bf16>) {
+      c = cols / kLanes * kLanes;
+      std::copy_n(src, c, dst);
+    }
+    for (; c < cols; c += kLanes) {
       store_rounded(dst + c, load_upto(src + c, cols - c));
     }
   }
@@ -16,7 +21,15 @@ template <class T>
 static void interleave_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, bf16x2* dst,
                             int64_t ld) {
   for (int64_t r = 0; r < rows; r += 2, src += 2 * stride, dst += ld) {
-    for (int64_t c = 0; c < cols; c += kLanes) {
+    int64_t c = 0;
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (r + 1 < rows) {
+        for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {
+          interleave(src + c, src + stride + c, dst + c);
+        }
+      }
+    }
+    for (; c < cols; c += kLanes) {
       const Mask there = first_lanes(cols - c), below = r + 1 < rows ? there : first_lanes(0);
       const T* next = r + 1 < rows ? src + stride : src;
       store(dst + c, interleave(src + c, there, next + c, below));

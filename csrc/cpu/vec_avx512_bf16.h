@@ -14,14 +14,17 @@ FASTATTN_INLINE PairVec broadcast(bf16x2 a) {
 // a.first·b.first + a.second·b.second + c; denormals are zeros.
 FASTATTN_INLINE Vec fmadd(PairVec a, PairVec b, Vec c) { return {_mm512_dpbf16_ps(c.x, a.x, b.x)}; }
 
+// 0, n, 1, n + 1, …: what interleaves 16-bit lanes.
+FASTATTN_INLINE __m512i alternating(int n) {
+  const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_add_epi32(_mm512_set1_epi32(n << 16),
+                          _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001), steps));
+}
+
 // (a, b) rounded.
 FASTATTN_INLINE PairVec pairs(Vec a, Vec b) {
-  const __m512i lanes =  // 0, 16, 1, 17, …
-      _mm512_add_epi32(_mm512_set1_epi32(0x00100000),
-                       _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
-                                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
-                                                            12, 13, 14, 15)));
-  return {(__m512bh)_mm512_permutexvar_epi16(lanes, (__m512i)_mm512_cvtne2ps_pbh(b.x, a.x))};
+  return {
+      (__m512bh)_mm512_permutexvar_epi16(alternating(16), (__m512i)_mm512_cvtne2ps_pbh(b.x, a.x))};
 }
 FASTATTN_INLINE void store_rounded(bf16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.x));
@@ -36,6 +39,13 @@ FASTATTN_INLINE PairVec interleave(const bf16* a, Mask of_a, const bf16* b, Mask
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(of_a, a));
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(of_b, b));
   return {(__m512bh)_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+}
+// Likewise of 32 elements each.
+FASTATTN_INLINE void interleave(const bf16* a, const bf16* b, bf16x2* dst) {
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  const __m512i low = alternating(32), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(x, low, y));
+  _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi16(x, high, y));
 }
 
 // The bits of 16 pairs, of which the first n elements exist; 0 beyond.
