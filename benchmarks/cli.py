@@ -130,7 +130,7 @@ def run(argv: list[str]) -> int:
         print(text)
     print(f"Ceilings: {digest.ceilings(bench.document)}")
     pictures = [] if args.no_pictures else plots.draw(bench.document, out)
-    print(f"wrote {out}" + (f" and {len(pictures)} pictures beside it" if pictures else ""))
+    print(f"wrote {out}" + (f"; pictures beside it: {len(pictures)}" if pictures else ""))
     if not complete:
         have = {results.key(r) for r in order}  # of other suites too, where a run goes on
         left = sum(key_of(case) not in have for case in chosen)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 170  # of a log
-LAST = 16  # results that the live table has
 
 
 class Show:
@@ -63,7 +62,17 @@ class Show:
     def _refresh(self) -> None:
         from rich.console import Group
 
-        self._live.update(Group(table(self._done[-LAST:]), self._progress))
+        self._live.update(Group(table(self._last()), self._progress))
+
+    def _last(self) -> list[dict]:
+        """As many results as the terminal has lines for, beside the header and the bar."""
+        lines, shown = self._console.size.height - 3, []
+        for result in reversed(self._done):
+            lines -= len(results.timed(result))
+            if lines < 0:
+                break
+            shown.append(result)
+        return shown[::-1]
 
     def summary(self, found: list[dict]) -> None:
         """The whole table, and who was left out."""

@@ -227,6 +227,15 @@ def test_a_run_is_shown_live_on_a_terminal():
     assert "1/1" in text.getvalue() and "fastattn cpu" in text.getvalue()
 
 
+def test_the_live_table_leaves_room_for_the_bar():
+    """A result is two lines here: six of ten lines are left for three of them."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=10)
+    with show.Show(5, console) as shown:
+        for name in "abcde":
+            shown.done(result(name))
+        assert [r["case"] for r in shown._last()] == ["c", "d", "e"]
+
+
 # ---- comparisons ---------------------------------------------------------------------------------
 
 
