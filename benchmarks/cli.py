@@ -168,8 +168,8 @@ def choose_peers(backends: Sequence[str], words: Sequence[str]) -> tuple[list, f
     named = {p.name for p in every for word in words if word.lower() in p.name.lower()}
     if words and not named:
         raise ValueError(f"no peer has {' or '.join(words)} in its name; --list shows all")
-    ours = {p.backend for p in every if p.backend}
-    if unknown := set(backends) - ours:
+    ours = list(dict.fromkeys(p.backend for p in every if p.backend not in (None, "package")))
+    if unknown := set(backends) - set(ours):
         raise ValueError(f"no backend {', '.join(sorted(unknown))}; there are {', '.join(ours)}")
     kept = []
     for peer in every:

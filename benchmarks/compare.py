@@ -77,7 +77,8 @@ def check_main(argv: list[str]) -> int:
     if not known:
         print(f"bench-check: no committed results for a {kind}; nothing to compare with")
         return 0
-    chosen = [case for case in cases("cpu") if case.quick and case.suite in CHECKED]
+    asked_for = [case for case in cases("cpu") if case.quick and case.suite in CHECKED]
+    chosen = [case for case in asked_for if key_of(case) in known]
     asked = [peer for peer in peers() if peer.ours or peer.name in {c.baseline for c in chosen}]
     with tempfile.TemporaryDirectory() as folder:
         for seconds in (0.5, 2.0):  # again, and longer, what fell: a noisy neighbour may have been
@@ -88,6 +89,8 @@ def check_main(argv: list[str]) -> int:
             chosen = [case for case in chosen if key_of(case) in failed]
             if not chosen:
                 break
+    if unknown := [case for case in asked_for if key_of(case) not in known]:
+        print(f"bench-check: of {len(unknown)} cases there is no committed ratio for a {kind}")
     print(f"bench-check: {len(failed)} ratios fell by more than {args.tolerance:.0%}")
     return 1 if failed else 0
 

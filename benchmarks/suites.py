@@ -79,6 +79,10 @@ def cpu_cases() -> Iterator[Case]:
         yield LinearCrossEntropy(**linear, rows=2048, channels=768, rank=0)
         yield LinearCrossEntropy(**linear, rows=512, channels=256, vocab=8192, rank=3, quick=True)
         yield from varlen_cases(dtype, (700, 96, 512, 40, 333, 367), heads=12)
+    for passes in ("fwd", "bwd"):
+        (B, H, S, D), *_ = CPU_SHAPES[1]
+        shape = {"batch": B, "heads": H, "seqlen": S, "head_dim": D, "dtype": FP16, "causal": True}
+        yield Attention(suite=f"attention-{passes}", passes=passes, **shape, rank=2)
     yield from feature_cases(FP32, seqlen=1024, heads=12, passes=("fwd", "bwd"), rank=2)
     yield from feature_cases(FP32, seqlen=512, heads=6, passes=("fwd",), rank=3, quick=True)
     laptop = GPTConfig(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128)

@@ -291,7 +291,7 @@ def test_a_run_from_the_command_line(monkeypatch, tmp_path, capsys):
     [
         (["--shape", "S3"], "no case is left"),
         (["--peer", "nobody"], "no peer has nobody"),
-        (["--backend", "tpu"], "no backend tpu"),
+        (["--backend", "tpu"], "no backend tpu; there are cuda, triton, cpu, reference"),
         (["compare", "a.json", "b.json"], "a.json"),
         (["report", "."], "no results file"),
     ],
