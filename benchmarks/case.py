@@ -31,8 +31,8 @@ class Call:
     run: Callable[[], Any]
     results: Callable[[Any], Results]  # of what `run` returned
     before: Callable[[], object] | None = None
-    settle: Callable[[], object] | None = None  # leaves held what is no part of the call's memory
-    facts: dict[str, float] = field(default_factory=dict)  # `run` may find out more than a time
+    release: Callable[[], object] | None = None  # frees what the last call has left
+    facts: dict[str, float] = field(default_factory=dict)  # to tell besides the time
 
     def first(self) -> Results:
         if self.before is not None:

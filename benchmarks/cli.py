@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is on disk", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `… | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -144,7 +148,11 @@ def training_lines(found: list[dict], document: results.Document) -> list[str]:
     if table is None:
         return []
     header, _, rows = table
-    words = [row[:2] + [f"{cell:>10}" for cell in row[2:]] for row in (header, *rows)]
+    widths = [max(10, len(name)) for name in header]
+    words = [
+        row[:2] + [f"{cell:>{w}}" for cell, w in zip(row[2:], widths[2:], strict=True)]
+        for row in (header, *rows)
+    ]
     lines = [f"{case:<36} {peer.strip('*'):<32}{' '.join(rest)}" for case, peer, *rest in words]
     return [*lines, f"{digest.TRAINING_WORDS}\n"]
 

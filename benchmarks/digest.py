@@ -17,7 +17,7 @@ SLOWER = 1.03  # a peer that is faster by less is as fast
 EVERY_PEER = ["case", "", "peer", "ms", "quartiles", "floor", "error", "peak MiB", "× ours"], 3
 CASES = ["case", "", "ms", "floor", "error", "peak MiB", "**×**", "over", "**×**", "best other"], 2
 SUITES = ["suite", "cases", "**×**", "over", "floor", "faster elsewhere"], 1
-TRAINING = ["case", "peer", "tokens/s", "TFLOP/s", "MFU"], 2
+TRAINING = ["case", "peer", "tokens/s", "MiB beyond gradients", "TFLOP/s", "MFU"], 2
 
 Table = tuple[list[str], int, list[list[str]]]  # header, first column of numbers, rows
 
@@ -126,7 +126,8 @@ def training(found: list[dict], document: Document) -> Table | None:
             seconds, peer = results.median(result, name), result["peers"][name]
             flops = result["flops"] / seconds
             cells = [head, f"**{name}**" if peer.get("ours", False) else name]
-            cells += [f"{result['tokens'] / seconds:,.0f}", f"{flops / 1e12:.3g}"]
+            cells += [f"{result['tokens'] / seconds:,.0f}", beyond_gradients(peer)]
+            cells.append(f"{flops / 1e12:.3g}")
             share = peer.get("share_of_floor")
             cells.append("" if share is None else f"{share:.1%}")
             rows.append([*cells, f"{flops / sheet:.1%}"] if sheet else cells)
@@ -137,13 +138,19 @@ def training(found: list[dict], document: Document) -> Table | None:
     return (header, right, rows) if rows else None
 
 
+def beyond_gradients(peer: dict) -> str:
+    """The peak without weights, AdamW's state and gradients, in MiB."""
+    peak, gradients = peer.get("peak_bytes"), peer.get("facts", {}).get("gradient_bytes")
+    return "" if peak is None or gradients is None else f"{(peak - gradients) / 2**20:.0f}"
+
+
 TRAINING_WORDS = f"TFLOP/s count {FORMULA}; MFU is their share of the measured ceiling."
 
 
 def facts(found: list[dict]) -> list[str]:
     """What a peer told besides its time: bytes of the wheel."""
     lines = []
-    for result in found:
+    for result in (r for r in found if not r["tokens"]):
         for name, peer in results.timed(result).items():
             words = [f"{k.replace('_', ' ')} {v:,.0f}" for k, v in peer.get("facts", {}).items()]
             if words:

@@ -131,12 +131,12 @@ def loss_call(case: Case, inputs: Inputs, function: LossFunction) -> Call:
     kept = [inputs[name] for name in names]
     leaves = [(x.clone() if in_place else x.detach()).requires_grad_() for x in kept]
 
-    def settle() -> None:
+    def release() -> None:
         for x in leaves:
             x.grad = None
 
     def before() -> None:
-        settle()
+        release()
         if in_place:
             for x, value in zip(leaves, kept, strict=True):
                 x.data.copy_(value)
@@ -149,7 +149,7 @@ def loss_call(case: Case, inputs: Inputs, function: LossFunction) -> Call:
     def results(loss: Tensor) -> dict[str, Tensor]:
         return {"loss": loss} | {f"d{n}": x.grad for n, x in zip(names, leaves, strict=True)}
 
-    return Call(run, results, before, settle)
+    return Call(run, results, before, release)
 
 
 def our_cross_entropy(backend: str) -> Callable[[Case, Inputs], Call]:

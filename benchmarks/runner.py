@@ -248,11 +248,13 @@ class Run:
             if not error <= case.wrong_beyond * largest:
                 wrong = f"wrong: the error of {name} is {error:.2g}, its largest {largest:.2g}"
                 return {"refused": wrong}
+        if call.facts:
+            entry["facts"] = dict(call.facts)
         if case.once:
-            return entry | {"seconds": asdict(timing([first], 1)), "facts": dict(call.facts)}
+            return entry | {"seconds": asdict(timing([first], 1))}
         if not case.timed_only:
-            if call.settle is not None:
-                call.settle()
+            if call.release is not None:
+                call.release()
             entry["peak_bytes"] = self.plan.device.peak_bytes(lambda: only_run(call))
         start = self._now()
         self.plan.device.times({"": call}, case.cold)  # warm

@@ -12,6 +12,7 @@ import pretend_device
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 import fastattn
 from benchmarks import (
@@ -135,6 +136,19 @@ def test_peers_that_compile(case):
             check(peer, case)
 
 
+def test_a_kernel_of_sdpa_s_is_chosen_inside_what_is_compiled(monkeypatch):
+    """Beside a model of the same class that was compiled without."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    inputs, found = TRAIN.inputs(CPU), []
+    for prepare in (train_step.plain(compiled=True), train_step.plain_by(SDPBackend.MATH)):
+        call = prepare(TRAIN, inputs)
+        call.run()
+        with torch.profiler.profile() as profile:
+            call.run()
+        found.append(any("flash_attention" in event.key for event in profile.key_averages()))
+    assert found == [True, False]
+
+
 def test_transformers_trains_from_the_same_weights():
     pytest.importorskip("transformers")
     (peer,) = (p for p in train_step.PEERS if p.name == "transformers")
@@ -145,7 +159,7 @@ def test_the_peak_of_a_loss_has_its_gradient():
     case = CrossEntropy(suite="cross-entropy", dtype=FP32, rows=512, vocab=50257)
     call = losses.our_cross_entropy("cpu")(case, case.inputs(CPU))
     call.first()
-    call.settle()
+    call.release()
     peak = Cpu().peak_bytes(lambda: only_run(call))
     assert peak is None or 0.9 < peak / case.moved_bytes * 2 < 1.5
 

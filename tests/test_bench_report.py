@@ -143,6 +143,7 @@ def test_the_readme_shows_the_newest_machine_and_folds_the_others(tmp_path):
 
 def test_the_performance_page_has_everything(tmp_path):
     train = result("GPT", "train-step", tokens=1000)
+    train["peers"]["fastattn cpu"] |= {"peak_bytes": 9 << 20, "facts": {"gradient_bytes": 7 << 20}}
     path = tmp_path / "a.json"
     pictures = plots.draw(document(result(), train), path)
     assert [p.name for p in pictures] == ["a-attention-fwd.png", "a-train-step.png"]
@@ -154,7 +155,7 @@ def test_the_performance_page_has_everything(tmp_path):
     assert "![attention-fwd](../a-attention-fwd.png)" in whole and "multiply-add ports" in whole
     case = "| S1024 | bf16 | 2 | 50% | 1.0e-03 | 1.0 | **2.00** | torch SDPA |  |  |"
     assert case in whole and "| **fastattn cpu** | 2 | 1.8–2.2 | 50% |" in whole
-    assert "| GPT | **fastattn cpu** | 500,000 | 0.5 | 50.0% |" in whole
+    assert "| GPT | **fastattn cpu** | 500,000 | 2 | 0.5 | 50.0% |" in whole
     assert "no <such> thing: FlexAttention (1)" in whole
 
 
