@@ -108,8 +108,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         out = out if batched else out.squeeze(0)
         if not need_weights:
             return out, None
-        weights = whole_weights(p, lse)
-        weights = dropped_weights(p, weights).to(out.dtype)
+        weights = dropped_weights(p, whole_weights(p)).to(out.dtype)
         weights = weights.mean(1) if average_attn_weights else weights
         return out, weights if batched else weights.squeeze(0)
 

@@ -272,11 +272,15 @@ def visible_keys(p: AttentionProblem, distance: Tensor | None = None) -> Tensor 
     `distance` is diagonal_distance(p), or that of the block of rows and keys that p stands for.
     """
     visible = p.mask
-    if p.window_left >= 0 or p.window_right >= 0:
-        distance = diagonal_distance(p) if distance is None else distance
-        left = -p.window_left if p.window_left >= 0 else -torch.inf
-        right = p.window_right if p.window_right >= 0 else torch.inf
-        inside = (distance >= left) & (distance <= right)
+    if p.window_left < 0 and p.window_right < 0:
+        return visible
+    distance = diagonal_distance(p) if distance is None else distance
+    sides = []
+    if p.window_left >= 0:
+        sides.append(distance >= -p.window_left)
+    if p.window_right >= 0:
+        sides.append(distance <= p.window_right)
+    for inside in sides:
         visible = inside if visible is None else visible & inside
     return visible
 

@@ -161,22 +161,31 @@ def weights_of(
     """The block of a dense problem's undropped weights, (B, heads, rows, keys)."""
     p, lse = _of_heads(p, lse, heads)
     row = _indices("rows", rows, p.q.shape[1], p.q.device)
-    s = _scores(p, row, _indices("keys", keys, p.k.shape[1], p.q.device))
+    s, hidden = _scores(p, row, _indices("keys", keys, p.k.shape[1], p.q.device))
+    s = s if hidden is None else s.masked_fill(hidden, -torch.inf)
     lse = _take(lse, 2, row)[..., None]
     return torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0))  # −inf − (−inf) would be NaN
 
 
-def whole_weights(p: AttentionProblem, lse: Tensor) -> Tensor:
-    """All of a dense problem's undropped weights, which add up to 1: free of lse's rounding."""
-    s = _scores(p, None, None)
-    if p.mask is None and p.bias is None and p.window_left < 0 and p.window_right < 0:
+def whole_weights(p: AttentionProblem) -> Tensor:
+    """All of a dense problem's undropped weights, which add up to 1: no rounding of lse is in them.
+
+    The problem has no sinks. Few operators: nn.MultiheadAttention asks for these by default.
+    """
+    s, hidden = _scores(p, None, None)
+    if p.bias is not None:
+        nothing = s == -torch.inf
+        hidden = nothing if hidden is None else hidden | nothing
+    if hidden is None:
         return torch.softmax(s, -1)
-    empty = (lse == -torch.inf)[..., None]  # such a row's softmax would be NaN
-    return torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    s = s.masked_fill(hidden, torch.finfo(s.dtype).min)  # a row of −inf would be NaN
+    return torch.softmax(s, -1).masked_fill(hidden, 0.0)
 
 
-def _scores(p: AttentionProblem, row: Tensor | None, key: Tensor | None) -> Tensor:
-    """Of these queries and keys, or all: (B, H_q, rows, keys), −inf where hidden."""
+def _scores(
+    p: AttentionProblem, row: Tensor | None, key: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Of these queries and keys, or all: (B, H_q, rows, keys), and which of them are hidden."""
     (_, seqlen_q, heads_q, _), (_, seqlen_k, heads_k, _) = p.q.shape, p.k.shape
     block = p
     if row is not None or key is not None:
@@ -184,16 +193,16 @@ def _scores(p: AttentionProblem, row: Tensor | None, key: Tensor | None) -> Tens
         block = p._replace(mask=mask, bias=bias)
     distance = None
     if p.alibi_slopes is not None or p.window_left >= 0 or p.window_right >= 0:
-        position = _every(seqlen_q, row, p.q.device)[:, None] + seqlen_k - seqlen_q
-        distance = _every(seqlen_k, key, p.q.device) - position
+        position = _every(seqlen_q, row, p.q.device, seqlen_k - seqlen_q)
+        distance = _every(seqlen_k, key, p.q.device) - position[:, None]
     dtype = validate.accumulator_dtype(p.q)
     q = _take(p.q, 1, row).to(dtype).transpose(1, 2)
-    k = _take(p.k, 1, key).to(dtype).transpose(1, 2)
+    k = _take(p.k, 1, key).to(dtype).permute(0, 2, 3, 1)
     if heads_q != heads_k:
         k = k.repeat_interleave(heads_q // heads_k, dim=1)
-    s, _ = reference.shaped_scores(block, p.scale * (q @ k.mT), distance)
+    s, _ = reference.shaped_scores(block, p.scale * (q @ k), distance)
     visible = reference.visible_keys(block, distance)
-    return s if visible is None else s.masked_fill(~visible, -torch.inf)
+    return s, None if visible is None else ~visible
 
 
 def dropped_weights(p: AttentionProblem, weights: Tensor, first_batch: int = 0) -> Tensor:
@@ -212,8 +221,11 @@ def _cut(t: Tensor | None, dim: int, index: Tensor | None) -> Tensor | None:
     return t if t is None or t.shape[dim] == 1 else _take(t, dim, index)
 
 
-def _every(size: int, index: Tensor | None, device: torch.device) -> Tensor:
-    return torch.arange(size, device=device) if index is None else index
+def _every(size: int, index: Tensor | None, device: torch.device, offset: int = 0) -> Tensor:
+    """The indices, or all up to `size`, counted from `offset`."""
+    if index is None:
+        return torch.arange(offset, offset + size, device=device)
+    return index + offset
 
 
 def _indices(name: str, which: Selection, size: int, device: torch.device) -> Tensor | None:

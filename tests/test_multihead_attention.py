@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import MultiheadAttention
@@ -219,6 +220,41 @@ def test_gradient_of_a_float_mask() -> None:
 
 
 # --- dropout, modes, dtypes -----------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options, hiding",
+    [
+        ({}, []),
+        ({"attn_mask": torch.zeros(L, L).bool()}, ["bitwise_not", "masked_fill"]),
+        ({"attn_mask": torch.zeros(L, L)}, ["add", "eq", "masked_fill"]),
+    ],
+    ids=["plain", "mask", "mask-float"],
+)
+def test_weights_cost_their_own_operators_only(options: dict, hiding: list[str]) -> None:
+    """A small call's time is the number of its operators."""
+    m, x = MultiheadAttention(E, H).eval(), torch.randn(L, N, E)
+    names = {}
+    with torch.no_grad():
+        for need_weights in (False, True):
+            with Operators() as seen:
+                m(x, x, x, need_weights=need_weights, **options)
+            names[need_weights] = seen.names
+    weights = ["clone", "clone", "bmm", "mul", *hiding, "_softmax", *hiding[-1:], "mean"]
+    assert names[True] == names[False] + weights
 
 
 def test_dropout_in_training_and_not_in_eval() -> None:
