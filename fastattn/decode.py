@@ -105,7 +105,9 @@ def attention_decode(
         left, right, q.shape[-1] ** -0.5 if scale is None else validate.number("scale", scale),
         validate.number("softcap", softcap, 0), num_splits,
     )  # fmt: skip
-    out, lse = torch.ops.fastattn.attn_decode(*p, requested(backend))
+    ops = torch.ops.fastattn
+    decode = ops.attn_decode_read if k is None else ops.attn_decode
+    out, lse = decode(*p, requested(backend))
     return (out, lse) if return_lse else out
 
 

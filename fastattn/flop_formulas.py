@@ -37,7 +37,7 @@ def attn_bwd(*args, out_val=None) -> int:
     return _attention(p, backward=True)
 
 
-@register_flop_formula(_OPS.attn_decode, get_raw=True)
+@register_flop_formula([_OPS.attn_decode, _OPS.attn_decode_read], get_raw=True)
 def attn_decode(*args, out_val=None) -> int:
     p, _ = split(DecodeProblem, args)
     batch, seqlen_q, heads, head_dim = p.q.shape

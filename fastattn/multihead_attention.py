@@ -102,7 +102,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             q, k, v, causal, (-1, -1), None, 0.0, mask, bias, None, None, dropout_p
         )  # fmt: skip
         p = with_seed(p)  # the weights are of the dropout that out has
-        out, lse = run(p)
+        out, _ = run(p)
         out = out.flatten(2)  # (N, L, E)
         out = self.out_proj(out if batch_first else out.transpose(0, 1))
         out = out if batched else out.squeeze(0)

@@ -145,6 +145,16 @@ _define(
     _attn_decode,
     _attn_decode_fake,
 )
+# The same for a problem without new keys: a compiler that is told of writes would copy the caches,
+# and torch's mixes up those of one storage, when the graph also writes to them itself.
+_define(
+    "attn_decode_read",
+    f"({_DECODE}, str? backend) -> (Tensor out, Tensor lse)".replace("(a!)", "").replace(
+        "(b!)", ""
+    ),
+    _attn_decode,
+    _attn_decode_fake,
+)
 
 
 # ---- cross-entropy ----

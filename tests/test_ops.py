@@ -74,6 +74,8 @@ def test_opcheck_decode(backend: str, case: Any) -> None:
     # NaN where the cache holds nothing would be unequal to itself
     p = p._replace(k_cache=p.k_cache.nan_to_num(), v_cache=p.v_cache.nan_to_num())
     opcheck(torch.ops.fastattn.attn_decode.default, (*p, backend), test_utils=UTILS)
+    p = p._replace(k=None, v=None)
+    opcheck(torch.ops.fastattn.attn_decode_read.default, (*p, backend), test_utils=UTILS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=public.name_of)
@@ -121,7 +123,8 @@ def test_every_operator_is_checked() -> None:
     losses = {"cross_entropy_fwd", "cross_entropy_bwd", "linear_cross_entropy_fwd"}
     losses |= {"cross_entropy_fwd_bwd", "cross_entropy_fwd_bwd_"}
     losses |= {"linear_cross_entropy_bwd", "linear_cross_entropy_fwd_bwd"}
-    attention = {"attn_fwd", "attn_bwd", "attn_bwd_into", "attn_entropy", "attn_decode"}
+    attention = {"attn_fwd", "attn_bwd", "attn_bwd_into", "attn_entropy"}
+    attention |= {"attn_decode", "attn_decode_read"}
     assert names == {f"fastattn::{n}" for n in losses | attention | {"linear"}}
 
 

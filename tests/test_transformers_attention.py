@@ -294,7 +294,7 @@ def test_decoding_has_its_own_kernel(name, left, calls):
 
 
 @needs_5
-@pytest.mark.parametrize("name, left", [("llama", [5, 9, 0]), ("mistral", None)])
+@pytest.mark.parametrize("name, left", [("llama", [5, 9, 0]), ("mistral", [0, 0, 0])])
 def test_so_has_a_static_cache(name, left, calls):
     """No key behind the last query is read: neither by the prompt nor by a token."""
     options = {"attention_mask": padding("left"), "do_sample": False}
@@ -302,8 +302,64 @@ def test_so_has_a_static_cache(name, left, calls):
     assert [name for name, _ in calls[:2]] == ["attention"] * 2
     assert {name for name, _ in calls[2:]} == {"attention_decode"}
     assert calls[2][1]["cache_seqlens"].tolist() == [18] * 3 or name == "mistral"
-    given = calls[2][1]["cache_leftpad"]
-    assert (given if given is None else given.tolist()) == left
+    assert calls[2][1]["cache_leftpad"].tolist() == left
+
+
+def counting():
+    """A backend for torch.compile, and a list of what its graphs call.
+
+    A function: transformers copies its configurations, which would copy an object.
+    """
+    graphs = []
+
+    def run_as_it_is(graph, _):
+        operators = (getattr(torch.ops.fastattn, n) for n in ("attn_fwd", "attn_decode_read"))
+        called = [node.target for node in graph.graph.nodes]
+        graphs.append({operator.__name__: called.count(operator) for operator in operators})
+        return graph
+
+    return run_as_it_is, graphs
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_a_static_cache_compiled(name, side):
+    """Decoded by lengths, which are tensors: one graph for all tokens.
+
+    A second one where transformers has another for a sliding cache that is full.
+    """
+    ids = tokens()
+    mask = torch.ones_like(ids) if side is None else padding(side)
+    options = {"attention_mask": mask, "do_sample": False, "eos_token_id": None}
+    backend, graphs = counting()
+    config = transformers.CompileConfig(fullgraph=True, dynamic=None, backend=backend, mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    got = generated(
+        make(name), ids, cache_implementation="static", compile_config=config, **options
+    )
+    assert got == generated(make(name, "eager"), ids, **options)
+    assert graphs == [{"attn_fwd": 0, "attn_decode_read": 2}] * (2 if name == "gemma2" else 1)
+
+
+def test_a_model_compiled_with_its_mask():
+    """No padding: the mask is made in the graph, and says the same there."""
+    model, eager, ids = make("llama"), make("llama", "eager"), tokens()
+    cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+    backend, graphs = counting()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        want = eager(ids).logits[:, 10:]
+        positions = torch.arange(17)
+        model(ids[:, :10], past_key_values=cache, cache_position=positions[:10])
+        for i in range(10, 17):
+            token = ids[:, i : i + 1].clone()
+            got = compiled(
+                token, past_key_values=cache, cache_position=positions[i : i + 1].clone()
+            )
+            torch.testing.assert_close(got.logits[:, 0], want[:, i - 10], rtol=1e-4, atol=1e-4)
+    assert graphs == [{"attn_fwd": 0, "attn_decode_read": 2}]
 
 
 def test_register_under_another_name():

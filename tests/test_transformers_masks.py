@@ -54,6 +54,7 @@ def dense(said: Visible | Packed | Tensor | None, queries: int, keys: int, causa
         return said.expand(3, 1, queries, keys)
     if isinstance(said, Visible):
         assert said.kv_length == keys and (said.keys is None or said.left_padding is None)
+        assert said.lengths is None or said.lengths.tolist() == [said.end] * 3
         i = i - keys + said.end
     left, right = said.window
     seen = ((left == -1) | (i - j <= left)) & ((right == -1) | (j - i <= right))
@@ -138,6 +139,7 @@ def test_a_static_cache(queries, pattern):
         else:
             assert torch.equal(got.expand_as(want), want)
             assert isinstance(said_by(got), Tensor if name in ("holes", "right") else Visible)
+            assert name in ("holes", "right") or said_by(got.contiguous()).lengths is not None
         if got is not None:  # None is top-left then
             assert torch.equal(dense(said_by(got), queries, 30, causal=True), want), name
     call["mask_function"] = masking.chunked_causal_mask_function(WINDOW, torch.zeros(3).long())

@@ -90,8 +90,12 @@ def attention_forward(
         wanted = dropout or output_attentions or wants_gradient(q, k, v, s_aux)
         if q.shape[1] == 1 and seen.keys is None and bias is None and not wanted:
             return _decode(q, k, v, seen, **options), None
-        k, v, bias = k[:, : seen.end], v[:, : seen.end], _up_to(seen.end, bias)
-        options["mask"], options["bias"] = _mask(seen, q.device), bias
+        if isinstance(attention_mask, Tensor) and torch.compiler.is_compiling():
+            del options["window"]  # compiled code doesn't know the end
+            options["mask"], options["bias"] = _dense(attention_mask[..., : k.shape[1]], bias)
+        else:
+            k, v, bias = k[:, : seen.end], v[:, : seen.end], _up_to(seen.end, bias)
+            options["mask"], options["bias"] = _mask(seen, q.device), bias
     if not output_attentions:
         return attention(q, k, v, dropout_p=dropout, **options), None
     out, lse = attention(q, k, v, dropout_p=dropout, return_lse=True, **options)
@@ -112,7 +116,9 @@ def _mask(seen: Visible, device: torch.device) -> Tensor | None:
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, seen: Visible, **options: Any) -> Tensor:
     """One query a sequence."""
-    lengths = torch.full((q.shape[0],), seen.end, dtype=torch.int32, device=q.device)
+    lengths = seen.lengths
+    if lengths is None:
+        lengths = torch.full((q.shape[0],), seen.end, dtype=torch.int32, device=q.device)
     return attention_decode(
         q, k, v, cache_seqlens=lengths, cache_leftpad=seen.left_padding, **options
     )

@@ -9,7 +9,8 @@ wanted. Here it becomes, in this order:
 * `Packed`: offsets of the sequences that `position_ids` tell apart;
 * sdpa's own tensor for the rest: chunks, a model's own mask functions. Where transformers insists
   on a tensor, as for a token decoded from a static cache, it carries along a `Visible` that says
-  the same, if there is one (`said_by`).
+  the same, if there is one (`said_by`), and is itself not read. Its lengths are a tensor too, so
+  that compiled code is the same for every token.
 
 A static cache has more keys than were written: those behind the last query are cut off.
 """
@@ -37,6 +38,7 @@ class Visible(NamedTuple):
     window: tuple[int, int]  # as fastattn.attention's: bottom-right aligned, -1 = unlimited
     keys: Tensor | None = None  # (B, end) bool, False = padding
     left_padding: Tensor | None = None  # (B,) int32: all keys from here on are visible; or `keys`
+    lengths: Tensor | None = None  # (B,) int32: `end`, and in compiled code in place of it
 
     # Before it fills a static cache, generate() makes the mask, makes it contiguous and hands it to
     # the model, which comes back to `attention_mask` with what has not 2 dimensions.
@@ -79,7 +81,8 @@ def attention_mask(
     """
     if isinstance(attention_mask, Visible):
         return attention_mask
-    queries, end = _queries_and_end(others, kv_offset, kv_length)
+    queries, first = _queries(others)
+    end = _end(queries, first, kv_offset, kv_length)
     known = _known(mask_function)
     window = None
     if allow_is_bidirectional_skip and end == kv_length:
@@ -101,10 +104,10 @@ def attention_mask(
             config=config,
             **others,
         )
-        if queries == 1 and end is not None and known and known.segments is None:
-            keys = _real_keys(attention_mask, kv_offset, end)
-            window = _narrowed((known.left, 0), end)
-            _say(mask, _left_padded(Visible(kv_length, end, window, keys)))
+        if queries == 1 and known and known.segments is None and mask is not None:
+            window = _narrowed((known.left, 0), kv_length)
+            visible = Visible(kv_length, kv_length if end is None else end, window)
+            mask = _saying(visible, mask, attention_mask, kv_offset, first)
         return mask
     assert end is not None
     keys = _real_keys(attention_mask, kv_offset, end)
@@ -115,27 +118,31 @@ def attention_mask(
     said_by_none = end == kv_length if queries == 1 or right == -1 else queries == end
     if keys is None and left == -1 and right <= 0 and said_by_none:
         return None
-    visible = Visible(kv_length, end, window, keys)
-    return _left_padded(visible) if queries == 1 else visible
+    padding = None
+    if queries == 1 and keys is not None and not torch.compiler.is_compiling():
+        padding = _left_padding(keys)
+    return Visible(kv_length, end, window, keys if padding is None else None, padding)
 
 
-def _queries_and_end(
-    others: dict[str, Any], kv_offset: int, kv_length: int
-) -> tuple[int, int | None]:
-    """How many queries there are, and keys up to the last of them; None where that can't be told.
+def _queries(others: dict[str, Any]) -> tuple[int, int | Tensor]:
+    """How many there are, and the position of the first."""
+    positions = others.get("cache_position")
+    if positions is None:
+        return others["q_length"], others.get("q_offset", 0)
+    return positions.shape[0], positions[0]
+
+
+def _end(queries: int, first: int | Tensor, kv_offset: int, kv_length: int) -> int | None:
+    """The number of keys up to the last query; None where that can't be told.
 
     As windows count, queries are then the last of these keys.
     """
-    positions = others.get("cache_position")
-    queries = others["q_length"] if positions is None else positions.shape[0]
-    first = others.get("q_offset", 0) if positions is None else positions[0]
     if isinstance(first, Tensor):  # of a static cache, or of transformers 4
         if torch.compiler.is_compiling():
-            whole = positions is not None and queries == kv_offset + kv_length
-            return queries, kv_length if whole else None
+            return kv_length if queries == kv_offset + kv_length else None
         first = int(first)
     end = first + queries - kv_offset
-    return queries, end if queries <= end <= kv_length else None
+    return end if queries <= end <= kv_length else None
 
 
 def _narrowed(window: tuple[int, int], length: int) -> tuple[int, int]:
@@ -143,42 +150,60 @@ def _narrowed(window: tuple[int, int], length: int) -> tuple[int, int]:
     return left, right
 
 
-def _say(mask: Tensor | None, visible: Visible) -> None:
-    """Has the mask of a decoded token carry what says the same, if that is in numbers alone."""
-    if mask is not None and visible.keys is None:
-        mask._fastattn_visible = visible  # type: ignore[attr-defined]
+def _saying(
+    visible: Visible,
+    mask: Tensor,
+    attention_mask: Tensor | None,
+    kv_offset: int,
+    position: int | Tensor,
+) -> Tensor:
+    """The mask of a decoded token. It carries what says the same, if that is in numbers alone."""
+    if attention_mask is not None:
+        if torch.compiler.is_compiling():  # where its padding is can't be looked at
+            return mask
+        padding = _left_padding(_keys(attention_mask, kv_offset, visible.end))
+        if padding is None:
+            return mask
+        visible = visible._replace(left_padding=padding)
+    end = position + 1 - kv_offset
+    if isinstance(end, Tensor):
+        lengths = end.to(mask.device, torch.int32).expand(mask.shape[0]).contiguous()
+    else:
+        lengths = torch.full(mask.shape[:1], end, dtype=torch.int32, device=mask.device)
+    mask = mask.contiguous()  # as generate() will, of a tensor that carries nothing
+    mask._fastattn_visible = visible._replace(lengths=lengths)  # type: ignore[attr-defined]
+    return mask
 
 
 def said_by(mask: Any) -> Any:
     """What a mask carries, or itself."""
-    return mask if torch.compiler.is_compiling() else getattr(mask, "_fastattn_visible", mask)
+    return getattr(mask, "_fastattn_visible", mask)
 
 
 def _chunked(config: Any) -> bool:
     return getattr(config, "attention_chunk_size", None) is not None
 
 
-def _real_keys(attention_mask: Tensor | None, offset: int, length: int) -> Tensor | None:
-    """(B, length) bool; None if there is no padding, as far as can be told."""
-    if attention_mask is None:
-        return None
+def _keys(attention_mask: Tensor, offset: int, length: int) -> Tensor:
+    """(B, length) bool, False = padding."""
     keys = attention_mask[:, offset : offset + length]
     if (missing := length - keys.shape[1]) > 0:
         keys = torch.nn.functional.pad(keys, (0, missing))
-    if not torch.compiler.is_compiling() and bool(keys.all()):
-        return None
     return keys
 
 
-def _left_padded(visible: Visible) -> Visible:
-    """With a length in place of the keys' flags, if all padding is on the left."""
-    keys = visible.keys
-    if keys is None or torch.compiler.is_compiling():
-        return visible
+def _real_keys(attention_mask: Tensor | None, offset: int, length: int) -> Tensor | None:
+    """The same; None if there is no padding, as far as can be told."""
+    if attention_mask is None:
+        return None
+    keys = _keys(attention_mask, offset, length)
+    return None if not torch.compiler.is_compiling() and bool(keys.all()) else keys
+
+
+def _left_padding(keys: Tensor) -> Tensor | None:
+    """(B,) int32: how many keys are padding, if these are the first ones."""
     first = keys.int().argmax(1)
-    if not torch.equal(keys.sum(1), keys.shape[1] - first):
-        return visible
-    return visible._replace(keys=None, left_padding=first.int())
+    return first.int() if torch.equal(keys.sum(1), keys.shape[1] - first) else None
 
 
 # ---- packed sequences ----
@@ -199,13 +224,13 @@ class Causal(NamedTuple):
 
 
 def _known(mask_function: Callable) -> Causal | None:
-    """What a mask function says; None if it is of any other make, and under torch.compile.
+    """What a mask function says; None if it is of any other make; plain under torch.compile.
 
     transformers tells by nothing but the function itself. It is known by its code, its contents by
     their names.
     """
-    if torch.compiler.is_compiling():
-        return None
+    if torch.compiler.is_compiling():  # which can't look into functions
+        return Causal(-1, None) if mask_function is causal_mask_function else None
     segments, left = None, -1
     parts = [mask_function]
     while parts:
