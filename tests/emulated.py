@@ -29,15 +29,18 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def build() -> Path:
-    """The library, up to date; takes a minute the first time."""
+def build(csrc: Path = CSRC, name: str = "kernels", without: tuple[int, ...] = ()) -> Path:
+    """The library, up to date; takes a minute the first time. `without` the kernels that are for
+    sm_75, sm_80 or sm_90 alone."""
     flags = ["-DFASTATTN_CUDA", "-DFASTATTN_EMULATE", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    flags += [f"-I{CSRC}", f"-I{emulator.HERE}", "-Wno-attributes"]
+    flags += [f"-DFASTATTN_WITHOUT_SM{number}" for number in without]
+    flags += [f"-iquote{csrc / 'cuda'}", f"-I{csrc}", f"-I{emulator.HERE}", "-Wno-attributes"]
     flags += [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
     link = [f"-L{folder}" for folder in cpp_extension.library_paths()]
     link += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings.cpp"]
-    return emulator.build("kernels", sources, flags, link)
+    suffixes = tuple(f"_sm{number}" for number in without)
+    kernels = [file for file in (csrc / "cuda").glob("*.cu") if not file.stem.endswith(suffixes)]
+    return emulator.build(name, [*sorted(kernels), csrc / "bindings.cpp"], flags, link)
 
 
 if __name__ == "__main__":

@@ -45,12 +45,15 @@ Options parse_options(const std::string& text) {
       o.co_scheduled = number() != 0;
     } else if (name == "without" && equals != std::string::npos) {
       o.without = word.substr(equals + 1);
+    } else if (name == "fault") {
+      o.fault = static_cast<int>(number());
     } else if (name == "shared_limit") {
       o.shared_limit = static_cast<int>(number());
     } else {
       throw std::invalid_argument("emulator: no option \"" + word +
                                   "\"; there are eager, lazy, random, seed=, races=, "
-                                  "banks=, coarse=, co_scheduled=, shared_limit=, without=");
+                                  "banks=, coarse=, co_scheduled=, shared_limit=, without=, "
+                                  "fault=");
     }
   }
   return o;

@@ -25,14 +25,15 @@ struct Options {
   // Plants a fault: the barriers, waits and fences at this place, such as "attn_fwd.cuh:101", do
   // nothing. "?" only lists the places that are passed (emulator_passed_places).
   std::string without;
+  int fault = 0;  // of those planted in the kernels themselves: runtime.h's is_planted
 };
 
 // The options of the next launch: at first those in the environment variable FASTATTN_EMULATOR.
 Options& options();
 
 // From a text such as
-// "lazy,seed=3,races=0,co_scheduled=1,banks=1,shared_limit=65536,without=x.cuh:5"; what isn't named
-// has its default. Throws std::invalid_argument.
+// "lazy,seed=3,races=0,co_scheduled=1,banks=1,shared_limit=65536,without=x.cuh:5,fault=7"; what
+// isn't named has its default. Throws std::invalid_argument.
 Options parse_options(const std::string& text);
 
 }  // namespace emulator

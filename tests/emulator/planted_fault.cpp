@@ -1,5 +1,7 @@
 #include "planted_fault.h"
 
+#include "runtime.h"
+
 #include <cstring>
 #include <set>
 #include <string>
@@ -15,6 +17,8 @@ std::string to_string(const std::pair<std::string, int>& place) {
 }
 
 }  // namespace
+
+bool is_planted(int fault) { return options().fault == fault; }
 
 bool is_missing(Site site) {
   const char* name = std::strrchr(site.file, '/');

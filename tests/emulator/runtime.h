@@ -103,6 +103,9 @@ void yield();  // lets other threads run: __nanosleep
 void launch(dim3 grid, dim3 block, int shared_bytes, const std::string& what,
             const std::function<void()>& kernel);
 
+// Whether a kernel that tests/cuda_faults.py has changed is to compute what is wrong here.
+bool is_planted(int fault);
+
 // Runs `body` for a caller that takes no exceptions: null, or what was thrown, until the next call.
 const char* guarded(const std::function<void()>& body);
 
