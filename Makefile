@@ -59,7 +59,7 @@ gates: setup
 	$(PY) tests/triton_gates.py
 
 # All that takes a GPU: needs torch with CUDA, nvcc and g++, and no network; of .venv if there is one, of PYTHON else.
-# PART=build|calibrate|test|sanitize|bench does only that; what passed before is not done again, but with AGAIN=1.
+# PART=build|calibrate|test|triton|sanitize|bench does only that; what passed before is not done again, but with AGAIN=1.
 gpu:
 	PYTHONPATH=.:tests $(or $(filter-out python3,$(PYTHON)),$(wildcard $(PY)),python3) -m gpu $(PART) \
 	  $(if $(AGAIN),--again) $(if $(RESULTS),--results $(RESULTS))

@@ -260,7 +260,9 @@ def test_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Everything but the GPU: also the processes that pytest and compute-sanitizer would watch."""
     if (reason := emulated.why_not()) is not None:
         pytest.skip(reason)
-    assert main(["--dry-run", "test", "sanitize", "bench", "--results", str(tmp_path)]) == 0
+    assert (
+        main(["--dry-run", "test", "triton", "sanitize", "bench", "--results", str(tmp_path)]) == 0
+    )
     (file,) = (tmp_path / "dry-run").glob("gpu-*.json")
     found = json.loads(file.read_text())
     assert found["machine"]["arch"] == 80 and len(found["machine"]["sources"]) == 12

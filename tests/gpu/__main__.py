@@ -3,6 +3,7 @@
     build      the CUDA kernels for this GPU alone, by nvcc
     calibrate  every function of ptx*.cuh, on the GPU and in the emulator, bit for bit
     test       the shared grid and the public tests on device tensors, against float64
+    triton     a few cases of the Triton kernels, likewise; `fastattn check` goes over all
     sanitize   compute-sanitizer's memcheck, racecheck and synccheck over a few cases
     bench      the benchmarks, the most telling first, then the ladder (benchmarks/ladder)
 

@@ -33,6 +33,11 @@ SANITIZED = (
     "plain", "vocab-1000", "weight-smoothing", "padded", "softcap",
 )  # fmt: skip
 SANITIZED_KINDS = ("attention", "decode", "cross_entropy")  # these have all kernels
+# What Triton compiles on the way: every kernel, plain and with all options.
+COMPILED = (
+    "causal", "gqa-4-causal", "dim-256", "everything", "packed-everything", "splits-5",
+    "paged-everything", "plain", "weight-smoothing", "softcap",
+)  # fmt: skip
 TOOLS = {
     "memcheck": ["--leak-check", "no"],
     "racecheck": ["--racecheck-report", "all"],
@@ -264,6 +269,24 @@ def outcome_of(report: Path) -> Outcome:
     return Outcome("passed", text, detail)
 
 
+# --- triton ---------------------------------------------------------------------------------------
+
+
+def triton_steps(target: Target) -> list[Step]:
+    return [Step("cases", partial(check_triton, target), 240)]
+
+
+def check_triton(target: Target, seconds: float) -> Outcome:
+    """Few: each takes seconds to compile. `fastattn check` goes over all."""
+    if isinstance(target, Emulated) or version_of("triton") is None:
+        return Outcome("skipped", "there is no Triton here, or no GPU for it")
+    command = [sys.executable, "-m", "fastattn.check", "--backend", "triton", "--names", *COMPILED]
+    done = run(target, command, seconds)
+    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    text = "\n".join([*failures[:20], *done.stdout.strip().splitlines()[-1:]])
+    return Outcome("passed" if done.returncode == 0 else "failed", text)
+
+
 # --- sanitize -------------------------------------------------------------------------------------
 
 
@@ -337,6 +360,7 @@ PARTS: dict[str, Callable[[Target], list[Step]]] = {
     "build": build_steps,
     "calibrate": calibrate_steps,
     "test": test_steps,
+    "triton": triton_steps,
     "sanitize": sanitize_steps,
     "bench": bench_steps,
 }
