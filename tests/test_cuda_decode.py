@@ -98,27 +98,6 @@ def test_schedules_change_no_bit(case: DecodeCase, dtype: torch.dtype, emulator:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("page_size", (1, 16, 100, 256))
-def test_pages_change_no_bit(page_size: int, dtype: torch.dtype) -> None:
-    p = make_decode_problem(LENGTHS, dtype)
-    batch, capacity = p.k_cache.shape[:2]
-    pages = -(-capacity // page_size)
-    order = torch.randperm(batch * pages)
-
-    def paged(cache: Tensor) -> Tensor:
-        padded = torch.full((batch, pages * page_size, *cache.shape[2:]), math.nan, dtype=dtype)
-        padded[:, :capacity] = cache
-        in_order = padded.view(batch * pages, page_size, *cache.shape[2:])
-        return torch.empty_like(in_order).index_copy_(0, order, in_order)
-
-    block_table = order.view(batch, pages).int()
-    k_cache, v_cache = paged(p.k_cache), paged(p.v_cache)
-    assert_same_bits(
-        solve(p._replace(k_cache=k_cache, v_cache=v_cache, block_table=block_table)), solve(p)
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", ((2, 2), (6, 2)), ids=str)
 def test_strides_change_no_bit_but_alignment_may(
     heads: tuple[int, int], dtype: torch.dtype
@@ -142,59 +121,3 @@ def test_strides_change_no_bit_but_alignment_may(
         assert_same_bits(solve(p._replace(**changed)), expected)
     for changed in apart:  # a kernel for any alignment takes these
         check_decode(solve, p._replace(**changed))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", (1, 2, 5, 8))
-def test_what_a_query_does_not_see_does_not_reach_it(group: int, dtype: torch.dtype) -> None:
-    case = DecodeCase("poisoned", (80,), 4, capacity=80, heads=(2 * group, 2), window=CAUSAL)
-    p = make_decode_problem(case, dtype)
-    clean = solve(p)
-    p.k_cache[:, 78:] = math.nan
-    p.v_cache[:, 77:] = math.inf
-    out, lse = solve(p)
-    # Rows that tensor cores spread NaN to are computed again, with weights in fp32.
-    eps = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(out[:, 0], clean[0][:, 0], rtol=eps, atol=eps)
-    assert torch.equal(lse[:, :, 0], clean[1][:, :, 0])
-    assert not out[:, 1:].isfinite().any() and lse[:, :, 2:].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", (1, 8))
-def test_what_a_window_has_left_behind_does_not_either(group: int, dtype: torch.dtype) -> None:
-    case = DecodeCase("left", (80,), 4, capacity=80, heads=(2 * group, 2), window=(3, 0))
-    p = make_decode_problem(case, dtype)
-    clean = solve(p)
-    p.k_cache[:, 73] = math.nan  # which the first query sees alone
-    p.v_cache[:, 73] = math.inf
-    out, lse = solve(p)
-    eps = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(out[:, 1:], clean[0][:, 1:], rtol=eps, atol=eps)
-    assert torch.equal(lse[:, :, 1:], clean[1][:, :, 1:])
-    assert not out[:, 0].isfinite().any() and lse[:, :, 0].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_queries_without_keys_give_zero(dtype: torch.dtype) -> None:
-    case = DecodeCase("short", (2, 40), seqlen_q=4, heads=(6, 2), window=CAUSAL, leftpad=(0, 40))
-    out, lse = solve(make_decode_problem(case, dtype))
-    for b, i in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)):
-        assert (out[b, i] == 0).all() and (lse[b, :, i] == -math.inf).all()
-    assert lse[0, :, 2:].isfinite().all()
-
-
-@pytest.mark.parametrize("rotary_interleaved", (False, True))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_append_writes_its_own_places_alone(dtype: torch.dtype, rotary_interleaved: bool) -> None:
-    case = DecodeCase("append", (3, 40), 1, 5, rotary_dim=12, page_size=7)
-    p = make_decode_problem(replace(case, rotary_interleaved=rotary_interleaved), dtype)
-    before = p.k_cache.clone(), p.v_cache.clone()
-    solve(p)
-    positions = p.cache_seqlens[:, None] + torch.arange(5)
-    place = p.block_table.gather(1, positions // 7).long(), positions % 7
-    assert torch.equal(p.v_cache[place], p.v)
-    assert torch.equal(p.k_cache[place][..., 12:], p.k[..., 12:])  # beyond the rotary dims
-    assert not torch.equal(p.k_cache[place], p.k)
-    p.k_cache[place], p.v_cache[place] = before[0][place], before[1][place]
-    torch.testing.assert_close((p.k_cache, p.v_cache), before, rtol=0, atol=0, equal_nan=True)
