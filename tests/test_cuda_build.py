@@ -67,8 +67,17 @@ def test_the_longest_come_first() -> None:
 
 
 def test_architectures_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTATTN_CUDA_ARCHS", "90;75,80")
-    assert nvcc.architectures("no nvcc is asked") == [75, 80, 90]
+    for text, archs in (
+        ("90;75,80", [75, 80, 90]),
+        ("9.0a 8.0 12.0", [80, 90, 120]),
+        ("90a;100", [90, 100]),
+    ):
+        monkeypatch.setenv("FASTATTN_CUDA_ARCHS", text)
+        assert nvcc.architectures("no nvcc is asked") == archs
+    for text in ("sm_80", "80;;x", "70;80", "hopper"):
+        monkeypatch.setenv("FASTATTN_CUDA_ARCHS", text)
+        with pytest.raises(SystemExit, match=text):
+            nvcc.architectures("no nvcc is asked")
 
 
 def test_nvcc_of_cuda_home_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

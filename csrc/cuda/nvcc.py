@@ -3,7 +3,7 @@
 setup.py uses it, and tests/gates.py, which reads what ptxas said. No GPU and no CUDA build of torch
 is needed here; torch headers are seen by csrc/bindings.cpp alone, which g++ compiles.
 
-    FASTATTN_CUDA_ARCHS   such as "80;90": compute capabilities · 10; by default all that nvcc knows
+    FASTATTN_CUDA_ARCHS   such as "80;90" or "8.0 9.0a"; by default all that nvcc knows
     CUDA_HOME             its bin/nvcc is taken before the one on PATH
     MAX_JOBS              compilers at a time; by default ninja chooses
 """
@@ -11,6 +11,7 @@ is needed here; torch headers are seen by csrc/bindings.cpp alone, which g++ com
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -47,7 +48,12 @@ def find() -> str | None:
 
 def architectures(nvcc: str) -> list[int]:
     if named := os.environ.get("FASTATTN_CUDA_ARCHS"):
-        return sorted({int(word.rstrip("a")) for word in named.replace(",", ";").split(";")})
+        words = re.split(r"[;,\s]+", named.strip())
+        numbers = [re.fullmatch(r"(\d+)\.?(\d)[af]?", word) for word in words]
+        archs = sorted({int(n[1] + n[2]) for n in numbers if n is not None})
+        if None in numbers or archs[0] < 75:
+            sys.exit(f"FASTATTN_CUDA_ARCHS={named}: not like 80;90 or 8.0;9.0, each 75 or more")
+        return archs
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
     known = listed.stdout.split()
     return [arch for arch in ARCHITECTURES if f"sm_{arch}" in known]
