@@ -228,7 +228,7 @@ def faults(kernel: Kernel, name: str, code: list[Instruction] | None) -> list[st
         if budget.tensor_cores and kernel.arch in pipe_cycles.RATES:
             found += path_faults(kernel.arch, name, code)
         if "_sm90_kernel" in name:
-            found += hopper_faults(name, code, ops)
+            found += hopper_faults(name, code, ops) + pool_faults(kernel.registers, code)
     return found
 
 
@@ -251,6 +251,25 @@ def hopper_faults(name: str, code: list[Instruction], ops: collections.Counter[s
     if ops["HMMA"]:
         found.append(f"{ops['HMMA']} products of a warp alone")
     return found + [f"no {op}" for op in ("UTMALDG", "USETMAXREG") if not ops[op]]
+
+
+def pool_faults(registers: int, code: list[Instruction]) -> list[str]:
+    """Consumers wait for ever for registers that a block of threads did not start with: it has what
+    ptxas says, a thread, and one warpgroup is the producer."""
+    given, taken = (
+        [
+            int(i.operands.split(",")[-1], 16)
+            for i in code
+            if i.opcode.startswith(f"USETMAXREG.{op}")
+        ]
+        for op in ("DEALLOC", "TRY_ALLOC")
+    )
+    if not given or not taken:
+        return ["setmaxnreg is not there twice"]
+    warpgroups = 65536 // (128 * registers)  # the block is alone on its SM
+    if (wanted := max(given) + (warpgroups - 1) * max(taken)) > warpgroups * registers:
+        return [f"{wanted} registers in {warpgroups} warpgroups of {registers} each: it hangs"]
+    return []
 
 
 def path_faults(arch: str, name: str, code: list[Instruction]) -> list[str]:

@@ -58,6 +58,20 @@ def test_spills_are_excused_by_name_and_within_bounds(tmp_path: Path) -> None:
     assert gates.faults(spilling, name, code_of(FFMA=1))
 
 
+@pytest.mark.parametrize(
+    ("registers", "taken", "hangs"), [(168, 240, False), (160, 240, True), (128, 160, False)]
+)
+def test_warpgroups_start_with_what_they_take(registers: int, taken: int, hangs: bool) -> None:
+    """As the one who asked NVIDIA/cutlass#2007 found on an H800."""
+    given = 24 if taken == 240 else 32
+    code = [
+        gates.Instruction(0, "USETMAXREG.DEALLOC.CTAPOOL", f"{given:#x}"),
+        gates.Instruction(16, "USETMAXREG.TRY_ALLOC.CTAPOOL", f"UP0, {taken:#x}"),
+    ]
+    assert bool(gates.pool_faults(registers, code)) is hangs
+    assert gates.pool_faults(registers, code[:1])
+
+
 def test_complaints_of_ptxas_are_found(tmp_path: Path) -> None:
     log = tmp_path / "kernel.o.log"
     log.write_text("ptxas info : (C7510) Potential Performance Loss: wgmma is serialised\n")
