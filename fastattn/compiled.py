@@ -37,7 +37,7 @@ class Compiled:
         return out, lse
 
     def attn_entropy(self, p: AttentionProblem, lse: Tensor) -> Tensor:
-        entropy = torch.empty_like(lse)  # (B, H_q, S_q), contiguous
+        entropy = torch.empty_like(lse)  # contiguous
         self._ops().attn_entropy(*p, lse, entropy)
         return entropy
 

@@ -68,6 +68,7 @@ def _attn_fwd_fake(*args):
 
 def _attn_entropy(*args):
     p, (lse, backend) = split(AttentionProblem, args)
+    validate.packed_offsets(p)
     return backends.choose(p, backend).attn_entropy(p, lse)
 
 
@@ -106,7 +107,7 @@ _define(
     _attn_bwd_into,
     lambda *_: None,
 )
-# Of a dense problem's rows, before dropout, from their lse; v is not looked at.
+# Of rows, before dropout, from their lse; v is not looked at.
 _define(
     "attn_entropy",
     f"({_ATTENTION}, Tensor lse, str? backend) -> Tensor entropy",

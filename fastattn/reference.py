@@ -12,7 +12,7 @@ or that has none, gives out 0, lse −inf and zero gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ __all__ = [
     "decode_sequences",
     "diagonal_distance",
     "dropout_scale",
+    "joined_rows",
     "linear_cross_entropy",
     "packed_sequences",
     "visible_keys",
@@ -102,7 +103,9 @@ def attention_backward(
 
 @without_autocast
 def attention_entropy(p: AttentionProblem, lse: Tensor) -> Tensor:
-    """−Σ w · log w of a dense problem's weights w = exp(s − lse), (B, H_q, S_q), lse's dtype."""
+    """−Σ w · log w of the weights w = exp(s − lse), shaped as lse, in its dtype."""
+    if p.packed:
+        return joined_rows(p, lambda s: attention_entropy(s.problem, lse[None, :, s.rows]))
     q, k, _ = _heads_first(p)
     s, _ = _scores(p, q, k, visible_keys(p))
     gap = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None] - s
@@ -247,6 +250,14 @@ def packed_sequences(p: AttentionProblem) -> Iterator[PackedSequence]:
             cu_seqlens_k=None,
         )
         yield PackedSequence(b, rows, keys, problem)
+
+
+def joined_rows(p: AttentionProblem, compute: Callable[[PackedSequence], Tensor]) -> Tensor:
+    """What `compute` makes of each sequence, (1, H_q, S_q), as (H_q, T_q); 0 behind the last."""
+    parts = [compute(sequence)[0] for sequence in packed_sequences(p)]
+    unused = p.q.shape[0] - sum(part.shape[1] for part in parts)
+    parts.append(p.q.new_zeros(p.q.shape[1], unused, dtype=accumulator_dtype(p.q)))
+    return torch.cat(parts, dim=1)
 
 
 def _heads_first(p: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import backends, reference, validate
-from .attention import dense_problem
+from . import backends, nested, reference, validate
+from .attention import dense_problem, packed_problem
 from .autograd import transformed, wants_gradient
 from .problem import AttentionProblem
 
@@ -72,6 +72,10 @@ def attention_entropy(
     k: Tensor,
     lse: Tensor,
     *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     rows: Selection = None,
     heads: Selection = None,
     causal: bool = False,
@@ -91,22 +95,42 @@ def attention_entropy(
     some `rows` only, it is plain PyTorch over blocks of rows.
 
     Args:
+        q, k, lse: as in `attention_weights`; or packed, as in `attention_varlen`, (T_q, H_q, D),
+            (T_k, H_k, D) and (H_q, T_q), with the next four; or q and k jagged, with lse packed.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in `attention_varlen`; all or
+            none.
+        rows: as in `attention_weights`; not of packed sequences.
         block_bytes: weights that exist at a time in the latter.
         backend: as in `attention`; not looked at by the latter.
         The others are as in `attention_weights`.
 
     Returns:
-        (B, heads, rows), fp32 (fp64 for fp64 q): 0 where one key has all the weight, or there is
-        none to see; log(S_k) where all have the same.
+        (B, heads, rows), or packed (heads, T_q), fp32 (fp64 for fp64 q): 0 where one key has all
+        the weight, or there is none to see; log(S_k) where all have the same.
 
     Raises:
-        As `attention_weights`; RuntimeError as `attention`, for the backend.
+        As `attention_weights` and `attention_varlen`; ValueError for `rows` of packed sequences;
+        RuntimeError as `attention`, for the backend.
     """
     options = (causal, window, scale, softcap, mask, bias, alibi_slopes, sinks)
-    p, lse = _of_heads(*_problem(q, k, lse, options), heads)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    p, lse = _of_heads(*_problem(q, k, lse, options, packing), heads)
+    if p.packed and rows is not None:
+        raise ValueError("rows are those of a dense call; of packed sequences, cut one out")
     plain = rows is None and not wants_gradient(p.q, p.k, p.bias, lse) and not transformed()
     if plain and lse.numel():  # kernels divide by the number of heads
         return torch.ops.fastattn.attn_entropy(*p, lse.contiguous(), backends.requested(backend))
+    if not p.packed:
+        return _entropy_by_blocks(p, lse, rows, block_bytes)
+    validate.packed_offsets(p)
+    return reference.joined_rows(
+        p, lambda s: _entropy_by_blocks(s.problem, lse[None, :, s.rows], None, block_bytes)
+    )
+
+
+def _entropy_by_blocks(
+    p: AttentionProblem, lse: Tensor, rows: Selection, block_bytes: int
+) -> Tensor:
     batch, seqlen_q, heads_q, _ = p.q.shape
     every = _every(seqlen_q, _indices("rows", rows, seqlen_q, p.q.device), p.q.device)
     row_bytes = 8 * batch * heads_q * p.k.shape[1]
@@ -119,14 +143,31 @@ def attention_entropy(
 
 
 def _problem(
-    q: Tensor, k: Tensor, lse: Tensor, options: tuple[Any, ...]
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    options: tuple[Any, ...],
+    packing: tuple[Any, ...] = (None,) * 4,
 ) -> tuple[AttentionProblem, Tensor]:
     """The checked problem, of no values, and lse in the accumulator's dtype."""
-    p = dense_problem(q, k, k, *options, 0.0)
-    want = (p.q.shape[0], p.q.shape[2], p.q.shape[1])
+    packed = sum(given is not None for given in packing)
+    if packed not in (0, 4):
+        raise ValueError(
+            "cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k go together: all or none"
+        )
+    if packed:
+        p = packed_problem(q, k, k, *packing, *options, 0.0)
+    elif isinstance(q, Tensor) and q.is_nested:
+        mask, bias = options[4:6]
+        p = packed_problem(*nested.pack(q, k, k, mask, bias), *options, 0.0)
+    else:
+        p = dense_problem(q, k, k, *options, 0.0)
+    tokens, heads = p.q.shape[-3:-1]
+    want = (heads, tokens) if p.packed else (p.q.shape[0], heads, tokens)
     if tuple(validate.tensor("lse", lse).shape) != want:
-        raise ValueError(f"lse must have shape (B, H_q, S_q) = {want}, got {tuple(lse.shape)}")
-    validate.same_device("lse", lse, "q", q.device)
+        names = "(H_q, T_q)" if p.packed else "(B, H_q, S_q)"
+        raise ValueError(f"lse must have shape {names} = {want}, got {tuple(lse.shape)}")
+    validate.same_device("lse", lse, "q", p.q.device)
     return p, lse.to(validate.accumulator_dtype(p.q))
 
 
@@ -136,19 +177,19 @@ def _of_heads(
     """The scores of some query heads, each with a KV head of its own, as a problem. lse has what
     sinks did."""
     p = p._replace(v=p.k, sinks=None)
-    head = _indices("heads", heads, p.q.shape[2], p.q.device)
+    head = _indices("heads", heads, p.q.shape[-2], p.q.device)
     if head is None:
         return p, lse
-    k = p.k.index_select(2, head // (p.q.shape[2] // p.k.shape[2]))
+    k = p.k.index_select(-2, head // (p.q.shape[-2] // p.k.shape[-2]))
     cut = p._replace(
-        q=p.q.index_select(2, head),
+        q=p.q.index_select(-2, head),
         k=k,
         v=k,
         mask=_cut(p.mask, 1, head),
         bias=_cut(p.bias, 1, head),
         alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes.index_select(-1, head),
     )
-    return cut, lse.index_select(1, head)
+    return cut, lse.index_select(-2, head)
 
 
 def weights_of(

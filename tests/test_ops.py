@@ -64,8 +64,7 @@ def test_opcheck_attention(backend: str, case: Any) -> None:
     opcheck(
         torch.ops.fastattn.attn_bwd_into.default, (*bare, *gradients, backend), test_utils=UTILS
     )
-    if not p.packed:
-        opcheck(torch.ops.fastattn.attn_entropy.default, (*p, lse, backend), test_utils=UTILS)
+    opcheck(torch.ops.fastattn.attn_entropy.default, (*p, lse, backend), test_utils=UTILS)
 
 
 @pytest.mark.parametrize("case", DECODE, ids=str)

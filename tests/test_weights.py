@@ -12,7 +12,8 @@ from fastattn import reference
 from fastattn.problem import AttentionProblem
 from fastattn.testing import CASES, Case, make_problem, to_float64
 
-DENSE = [case for case in CASES if not case.packed and case.dropout_p == 0]
+UNDROPPED = [case for case in CASES if case.dropout_p == 0]
+DENSE = [case for case in UNDROPPED if not case.packed]
 
 
 def options_of(p: AttentionProblem) -> dict:
@@ -103,17 +104,34 @@ def entropy_of(w: Tensor) -> Tensor:
     return -torch.where(w > 0, w * w.clamp(min=1e-300).log(), 0.0).sum(-1)
 
 
+def entropy_of_problem(p: AttentionProblem) -> Tensor:
+    if not p.packed:
+        return entropy_of(whole_matrix(p))
+    sequences = reference.packed_sequences(p)
+    return torch.cat([entropy_of(whole_matrix(s.problem))[0] for s in sequences], 1)
+
+
+def lse_of(p: AttentionProblem) -> Tensor:
+    return reference.attention(to_float64(p))[1]
+
+
+def packing_of(p: AttentionProblem) -> dict:
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return {name: getattr(p, name) for name in names} if p.packed else {}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", UNDROPPED, ids=str)
 def test_entropy(backend: str, case: Case, dtype: torch.dtype) -> None:
     check_entropy(backend, case, dtype)
 
 
 FEW = ("causal", "window", "mask-empty-rows", "sinks", "no-keys", "gqa-8", "everything")
+FEW += tuple(case.name for case in UNDROPPED if case.packed)
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("case", [c for c in DENSE if c.name in FEW], ids=str)
+@pytest.mark.parametrize("case", [c for c in UNDROPPED if c.name in FEW], ids=str)
 def test_entropy_of_kernels_for_gpus(backend: str, case: Case) -> None:
     check_entropy(backend, case, torch.float16)
 
@@ -121,13 +139,10 @@ def test_entropy_of_kernels_for_gpus(backend: str, case: Case) -> None:
 def check_entropy(backend: str, case: Case, dtype: torch.dtype) -> None:
     """Weights have a relative error of |s| + |lse| times that of fp32, and so has their entropy."""
     p = make_problem(case, dtype)
-    options = options_of(p)
-    exact = to_float64(p)
-    _, lse = fastattn.attention(exact.q, exact.k, exact.v, **options_of(exact), return_lse=True)
-    w = whole_matrix(p)
-    got = fastattn.attention_entropy(p.q, p.k, lse, **options, backend=backend)
+    options = options_of(p) | packing_of(p)
+    got = fastattn.attention_entropy(p.q, p.k, lse_of(p), **options, backend=backend)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), entropy_of(w), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(got.double(), entropy_of_problem(p), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -167,6 +182,44 @@ def test_gradient_of_entropy() -> None:
     got = torch.autograd.grad(entropy.sum(), (q, k))
     for a, b in zip(got, torch.autograd.grad(expected.sum(), (q, k)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_entropy_of_packed_sequences() -> None:
+    """By offsets, by jagged tensors, of some heads, and by the way of the gradient, in blocks."""
+    lengths = torch.tensor([3, 0, 6])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    packing = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    packing |= {"max_seqlen_q": 6, "max_seqlen_k": 6}
+    q, k = torch.randn(9, 4, 8), torch.randn(9, 2, 8)
+    _, lse = fastattn.attention_varlen(q, k, k, **packing, causal=True, return_lse=True)
+    got = fastattn.attention_entropy(q, k, lse, **packing, causal=True)
+    assert got.shape == (4, 9)
+    heads = fastattn.attention_entropy(q, k, lse, **packing, causal=True, heads=[3, 0])
+    torch.testing.assert_close(heads, got[[3, 0]])
+    jagged = (torch.nested.nested_tensor_from_jagged(t, offsets.long()) for t in (q, k))
+    torch.testing.assert_close(fastattn.attention_entropy(*jagged, lse, causal=True), got)
+
+    leaf = q.clone().requires_grad_()
+    entropy = fastattn.attention_entropy(leaf, k, lse, **packing, causal=True, block_bytes=64)
+    torch.testing.assert_close(entropy, got)
+    (gradient,) = torch.autograd.grad(entropy.sum(), leaf)
+    for begin, end in ((0, 3), (3, 9)):
+        one = q[None, begin:end].requires_grad_()
+        alone = fastattn.attention_entropy(
+            one, k[None, begin:end], lse[None, :, begin:end], causal=True
+        )
+        torch.testing.assert_close(alone[0], got[:, begin:end])
+        (want,) = torch.autograd.grad(alone.sum(), one)
+        torch.testing.assert_close(gradient[begin:end], want[0])
+
+    with pytest.raises(ValueError, match="all or none"):
+        fastattn.attention_entropy(q, k, lse, cu_seqlens_q=offsets)
+    with pytest.raises(ValueError, match="rows are those of a dense call"):
+        fastattn.attention_entropy(q, k, lse, **packing, rows=[0])
+    with pytest.raises(ValueError, match=r"lse must have shape \(H_q, T_q\) = \(4, 9\)"):
+        fastattn.attention_entropy(q, k, lse.mT, **packing)
+    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to the 9 tokens"):
+        fastattn.attention_entropy(q, k, lse, **packing | {"cu_seqlens_q": offsets - 1})
 
 
 def test_bad_arguments() -> None:
