@@ -125,11 +125,12 @@ def test_saving_forgets_it(tmp_path):
     assert type(loaded) is transformers.LlamaForCausalLM
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "granite", "cohere"])
 def test_compiled(name):
+    """From the first pass on: what scaling there is need not have been seen before."""
     model, inputs = make(name), batch()
-    patch_loss(model)
     _, want = trained(model, **inputs)
+    patch_loss(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     output = compiled(**inputs, use_cache=False)
@@ -184,6 +185,9 @@ def test_what_is_done_to_logits_is_noticed():
     patch_loss(model)
     with pytest.raises(RuntimeError, match=r"Shifted.*something to its logits"):
         model.train()(**inputs)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"Shifted.*something to its logits"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
     patch_loss(model, logits=True)
     torch.testing.assert_close(model(**inputs).loss, want)
 

@@ -28,6 +28,10 @@ from ... import cross_entropy, linear_cross_entropy
 _SOFTCAP = "final_logit_softcapping"  # in the configurations of Gemma 2 and those after it
 # What forward does to its logits with a number of the configuration: Granite's, Cohere's.
 _SCALINGS = {"logits_scaling": operator.truediv, "logit_scale": operator.mul}
+_SOMETHING_ELSE = (
+    f"it does something to its logits between head and loss that is neither {_SOFTCAP} nor"
+    f" {' nor '.join(_SCALINGS)}; unpatch_loss(model), or logits=True"
+)
 
 
 def patch_loss(
@@ -153,24 +157,33 @@ class _Loss:
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def _scaled_bias(self, hidden: Tensor) -> Tensor | None:
-        """The head's bias, if it has one, scaled as the hidden states have been.
-
-        That they have been scaled and nothing else is looked at once: it waits for the device.
-        """
-        given = self.head.given
-        if self.scaling is None and self.softcap == 0:
-            for name, scale in _SCALINGS.items():
-                number = getattr(self.config, name, None)
-                if number is not None and torch.equal(hidden, scale(given, number)):
-                    self.scaling = name
-        if self.scaling is None:
-            raise RuntimeError(
-                f"patch_loss can't take {self.name}: it does something to its logits between head"
-                f" and loss that is neither {_SOFTCAP} nor {' nor '.join(_SCALINGS)};"
-                " unpatch_loss(model), or logits=True"
-            )
-        scale, number = _SCALINGS[self.scaling], getattr(self.config, self.scaling)
+        """The head's bias, if it has one, scaled as the hidden states have been."""
+        scaling = self.scaling or self._find_scaling(hidden)
+        if scaling is None:
+            raise RuntimeError(f"patch_loss can't take {self.name}: {_SOMETHING_ELSE}")
+        scale, number = _SCALINGS[scaling], getattr(self.config, scaling)
         return None if self.head.bias is None else scale(self.head.bias, number)
+
+    def _find_scaling(self, hidden: Tensor) -> str | None:
+        """Which of _SCALINGS makes these of what the head was given, and nothing else does.
+
+        That is looked at once, since it waits for the device. Compiled code, which can't branch on
+        it, has it asserted by the device, each time.
+        """
+        if self.softcap > 0:
+            return None
+        for name, scale in _SCALINGS.items():
+            if (number := getattr(self.config, name, None)) is None:
+                continue
+            scaled = scale(self.head.given, number)
+            if torch.compiler.is_compiling():
+                message = f"patch_loss can't take {self.name}: {_SOMETHING_ELSE}"
+                torch._assert_async((hidden == scaled).all(), message)
+                return name
+            if torch.equal(hidden, scaled):
+                self.scaling = name
+                return name
+        return None
 
     @contextlib.contextmanager
     def without_logits(self, config: Any) -> Iterator[None]:
