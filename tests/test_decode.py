@@ -240,6 +240,26 @@ def test_strided_inputs(backend: str) -> None:
     assert torch.equal(k_cache, packed[1]) and torch.equal(v_cache, packed[2])
 
 
+@pytest.mark.slow  # g++
+def test_reads_the_caches_that_a_compiled_graph_has_written() -> None:
+    """Views of one storage: what an operator is said to write, Inductor looks for elsewhere."""
+
+    def step(q, k_cache, v_cache, k, v, position):
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache.index_copy_(2, position, new)
+        lengths = (position + 1).int().expand(q.shape[0])
+        k_cache, v_cache = (cache.transpose(1, 2) for cache in (k_cache, v_cache))
+        return fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=lengths)
+
+    q, k, v = torch.randn(2, 1, 8, 64), torch.randn(2, 2, 1, 64), torch.randn(2, 2, 1, 64)
+    caches = torch.randn(2, 2, 2, 4096, 64)
+    rest = (k, v, torch.tensor([5]))
+    want = step(q, *caches.clone(), *rest)
+    torch._dynamo.reset()
+    got = torch.compile(step, fullgraph=True)(q, *caches, *rest)
+    torch.testing.assert_close(got, want)
+
+
 def test_reference_and_kernels_take_the_same_problem() -> None:
     """The public function's fields are the problem's, in one order."""
     p = make_decode_problem(DECODE_CASES[-1], torch.float32)
