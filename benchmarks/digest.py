@@ -14,10 +14,13 @@ from .train_step import FORMULA
 SLOWER = 1.03  # a peer that is faster by less is as fast
 
 # Headers of tables, and from which column on they hold numbers.
-EVERY_PEER = ["case", "", "peer", "ms", "quartiles", "floor", "error", "peak MiB", "× ours"], 3
-CASES = ["case", "", "ms", "floor", "error", "peak MiB", "**×**", "over", "**×**", "best other"], 2
-SUITES = ["suite", "cases", "**×**", "over", "floor", "faster elsewhere"], 1
-TRAINING = ["case", "peer", "tokens/s", "MiB beyond gradients", "TFLOP/s", "MFU"], 2
+PEER_COLUMNS = ["case", "", "peer", "ms", "quartiles", "floor", "error", "peak MiB", "× ours"], 3
+CASE_COLUMNS = (
+    ["case", "", "ms", "floor", "error", "peak MiB", "**×**", "over", "**×**", "best other"],
+    2,
+)
+SUITE_COLUMNS = ["suite", "cases", "**×**", "over", "floor", "faster elsewhere"], 1
+TRAINING_COLUMNS = ["case", "peer", "tokens/s", "MiB beyond gradients", "TFLOP/s", "MFU"], 2
 
 Table = tuple[list[str], int, list[list[str]]]  # header, first column of numbers, rows
 
@@ -132,7 +135,7 @@ def training(found: list[dict], document: Document) -> Table | None:
             cells.append("" if share is None else f"{share:.1%}")
             rows.append([*cells, f"{flops / sheet:.1%}"] if sheet else cells)
             head = ""
-    header, right = TRAINING
+    header, right = TRAINING_COLUMNS
     if sheet:
         header = [*header, f"of the data sheet's {sheet / 1e12:.0f}"]
     return (header, right, rows) if rows else None

@@ -36,9 +36,9 @@ class Part:
     every_peer: Table = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cases = *digest.CASES, [digest.case_row(r) for r in self.results]
+        self.cases = *digest.CASE_COLUMNS, [digest.case_row(r) for r in self.results]
         every = [row for result in self.results for row in digest.peer_rows(result)]
-        self.every_peer = *digest.EVERY_PEER, every
+        self.every_peer = *digest.PEER_COLUMNS, every
 
     @property
     def run(self) -> str:
@@ -110,7 +110,7 @@ def performance_page(kinds: Kinds, root: Path) -> str:
         for section in whole[kind]:
             link = f"[{section.suite}](#{section.anchor})"
             rows.append(digest.suite_row(link, section.results))
-        out.append(f"**{plots.title(files[0][1])}**\n\n{markdown(*digest.SUITES, rows)}\n")
+        out.append(f"**{plots.title(files[0][1])}**\n\n{markdown(*digest.SUITE_COLUMNS, rows)}\n")
         if lines := [f"{s.suite}, {line}" for s in whole[kind] for line in s.faster]:
             out.append(f"Where others are faster:\n\n{bullets(lines)}\n")
         else:
@@ -174,7 +174,7 @@ def page(kinds: Kinds) -> str:
         rows = [digest.suite_row(f"[{s.suite}](#{s.anchor})", s.results) for s in whole[kind]]
         out.append(f"<h2>{html.escape(plots.title(files[0][1]))}</h2>")
         where = (f"{digest.conditions(document)}." for _, document in files)
-        out.append(html_list(where, "where") + html_table(*digest.SUITES, rows))
+        out.append(html_list(where, "where") + html_table(*digest.SUITE_COLUMNS, rows))
         if lines := [f"{s.suite}, {line}" for s in whole[kind] for line in s.faster]:
             out.append("<p>Where others are faster:</p>" + html_list(lines))
         out += [html_section(section) for section in whole[kind]]
