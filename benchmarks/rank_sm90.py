@@ -5,8 +5,8 @@
     python benchmarks/rank_sm90.py 128 --compile-only               (any machine with nvcc)
 
 A variant is csrc/ with a few words replaced: another row of csrc/cuda/tiles_sm90.cuh, more buffers,
-no turns. Each is one executable; they run in turns, several rounds, and the median counts. What
-ptxas complains of, or does not fit, is said in place of a time.
+no turns, another order of work. Each is one executable; they run in turns, several rounds, and the
+median counts. What ptxas complains of, or does not fit, is said in place of a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import wgmma
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "rank_sm90"
-TILES, KERNEL = "tiles_sm90.cuh", "attn_fwd_sm90.cuh"
+TILES, ORDER = "tiles_sm90.cuh", "work_order.cuh"
+FORWARD, BACKWARD = "attn_fwd_sm90.cuh", "attn_bwd_sm90.cuh"
 
 
 class Variant(NamedTuple):
@@ -53,7 +54,17 @@ def backward_variants(head_dim: int) -> list[Variant]:
         if new != now:
             name = f"{keys} keys, {queries} queries, {stages} of dO"
             found.append(Variant(name, ((TILES, now, new),)))
-    return found
+    first = "ascending = !b.deterministic"
+    found.append(Variant("last keys first", ((BACKWARD, first, "ascending = false"),)))
+    return found + sections()
+
+
+def sections() -> list[Variant]:
+    """How much of K and V, or Q, the heads in flight hold."""
+    return [
+        Variant(f"sections of {megabytes} MB", ((ORDER, "16 << 20", f"{megabytes} << 20"),))
+        for megabytes in (8, 32)
+    ]
 
 
 def forward_variants(head_dim: int) -> list[Variant]:
@@ -67,11 +78,21 @@ def forward_variants(head_dim: int) -> list[Variant]:
         for c, n in tiles
     ]
     if head_dim <= 128:
-        turns = ((KERNEL, "kHeadDim <= 128, Turns", "false, Turns"),)
+        turns = ((FORWARD, "kHeadDim <= 128, Turns", "false, Turns"),)
         found.append(Variant("no turns", turns))
     stages = "static constexpr int kStages = 2;"
     found.append(Variant("3 buffers", ((TILES, stages, stages.replace("2", "3")),)))
-    return found
+    there_and_back = "round % 2 == 0 ? block : blocks - 1 - block"
+    found.append(Variant("rounds all one way", ((ORDER, there_and_back, "block"),)))
+    return found + sections()
+
+
+def apply(variant: Variant, sources: Path) -> None:
+    for file, old, new in variant.edits:
+        text = (sources / file).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"rank_sm90: {old!r} stands in {file} {text.count(old)} times")
+        (sources / file).write_text(text.replace(old, new))
 
 
 def compiled(variant: Variant, head_dim: int, backward: bool) -> Path | str:
@@ -81,11 +102,7 @@ def compiled(variant: Variant, head_dim: int, backward: bool) -> Path | str:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     sources = folder / "csrc" / "cuda"
-    for file, old, new in variant.edits:
-        text = (sources / file).read_text()
-        if text.count(old) != 1:
-            raise SystemExit(f"rank_sm90: {old!r} stands in {file} {text.count(old)} times")
-        (sources / file).write_text(text.replace(old, new))
+    apply(variant, sources)
     wgmma.write(folder / "wgmma.cuh", sorted({*wgmma.COLUMNS, 144, 160, 176}))
     program = folder / "rank_sm90"
     command = [nvcc.find(), "-std=c++17", "-O3", "-Xptxas=-v", f"-DHEAD_DIM={head_dim}"]
