@@ -23,8 +23,29 @@ struct ScoreStrides {
   int64_t batch, head, row, col;
 };
 
-// softmax(scale·QKᵀ …)V. Everything optional is null (or 0) when absent.
-struct AttnFwdParams {
+// What makes scores of products q·k, and drops weights. Everything optional is null (or 0) when
+// absent.
+struct ScoreParams {
+  float scale;    // multiplies QKᵀ
+  float softcap;  // 0 = none
+
+  const uint8_t* mask;  // nonzero = attend
+  ScoreStrides mask_stride;
+  const void* bias;  // of bias_dtype: the problem's dtype or fp32
+  DType bias_dtype;
+  ScoreStrides bias_stride;
+  const float* alibi_slopes;  // slope = alibi_slopes[b·alibi_stride_batch + h]
+  int64_t alibi_stride_batch;
+
+  // Dropout: Philox word (counter = (j / 4, i, h, b), lane j % 4, key = *seed) keeps key j iff word
+  // ≥ threshold.
+  const int64_t* seed;         // null = no dropout
+  uint64_t dropout_threshold;  // round(p · 2³²)
+  float dropout_scale;         // 1 / (1 - p), 0 for p = 1
+};
+
+// softmax(scale·QKᵀ …)V.
+struct AttnFwdParams : ScoreParams {
   DType dtype;  // of q, k, v, out
   int64_t batch, heads_q, heads_k;
   int64_t seqlen_q, seqlen_k;    // of every sequence, or the longest when packed
@@ -40,24 +61,8 @@ struct AttnFwdParams {
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (B + 1), both or neither
   int64_t tokens_q, tokens_k;                  // rows of the tensors: S, or T of packed ones
 
-  float scale;                        // multiplies QKᵀ
-  float softcap;                      // 0 = none
   int64_t window_left, window_right;  // -1 = unlimited; causal is (-1, 0)
-
-  const uint8_t* mask;  // nonzero = attend
-  ScoreStrides mask_stride;
-  const void* bias;  // of bias_dtype: the problem's dtype or fp32
-  DType bias_dtype;
-  ScoreStrides bias_stride;
-  const float* alibi_slopes;  // slope = alibi_slopes[b·alibi_stride_batch + h]
-  int64_t alibi_stride_batch;
-  const float* sinks;  // (H_q)
-
-  // Dropout: Philox word (counter = (j / 4, i, h, b), lane j % 4, key = *seed) keeps key j iff word
-  // ≥ threshold.
-  const int64_t* seed;         // null = no dropout
-  uint64_t dropout_threshold;  // round(p · 2³²)
-  float dropout_scale;         // 1 / (1 - p), 0 for p = 1
+  const float* sinks;                 // (H_q)
 };
 
 // −Σ w · log w of each query's weights w, before dropout.
@@ -81,8 +86,8 @@ struct AttnBwdParams {
 };
 
 // Queries against the KV cache after the append. A page is page_size consecutive positions; not
-// paged: page_size = 0.
-struct AttnDecodeParams {
+// paged: page_size = 0. Mask, bias and dropout are for csrc/cuda alone.
+struct AttnDecodeParams : ScoreParams {
   DType dtype;
   int64_t batch, heads_q, heads_k, seqlen_q, head_dim, head_dim_v;
   const void* q;
@@ -106,10 +111,7 @@ struct AttnDecodeParams {
   // is of the longest.
   const int32_t *cu_seqlens_q, *cu_seqlens_k;
 
-  float scale, softcap;
   int64_t window_left, window_right;
-  const float* alibi_slopes;
-  int64_t alibi_stride_batch;
   const float* sinks;
   int64_t num_splits;  // 0 = choose
 };

@@ -95,12 +95,21 @@ def remark(p: Problem) -> str | None:
 def _decodes(p: AttentionProblem) -> bool:
     """As csrc/cuda/attn_fwd.cu decides."""
     batch, heads_q, seqlen_q, seqlen_k = p.scores_shape
-    if p.mask is not None or p.bias is not None or p.dropout_p > 0 or seqlen_k < 512:
+    narrow = max(p.q.shape[-1], p.v.shape[-1]) <= 128
+    rich = p.mask is not None or p.bias is not None or p.dropout_p > 0
+    by_products = narrow and p.q.dtype != torch.float32 and all(map(_has_vectors, (p.q, p.k, p.v)))
+    if seqlen_k < 512 or (rich and not by_products):
         return False
     rows = heads_q // p.k.shape[-2] * seqlen_q
     tiles = batch * heads_q * -(-seqlen_q // 128)
     idle = 2 * tiles <= _multiprocessors(p.q)
-    return rows <= 16 or (rows <= 512 and max(p.q.shape[-1], p.v.shape[-1]) <= 128 and idle)
+    return rows <= 16 or (rows <= 512 and narrow and idle)
+
+
+def _has_vectors(t: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes and are of 8 elements or a multiple."""
+    strides = (stride * t.element_size() for stride in t.stride()[:-1])
+    return t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 and all(s % 16 == 0 for s in strides)
 
 
 def _multiprocessors(t: Tensor) -> int:

@@ -254,9 +254,9 @@ def hot_path(code: list[Instruction]) -> list[Instruction] | None:
 
 
 def is_product(instruction: Instruction) -> bool:
-    return instruction.opcode.startswith("HMMA")
+    return instruction.opcode.startswith(("HMMA", "HGMMA"))
 
 
 def is_work(instruction: Instruction) -> bool:
     opcode = instruction.opcode
-    return opcode.startswith("HMMA") or (opcode.startswith("LDG") and ".128" in opcode)
+    return is_product(instruction) or (opcode.startswith("LDG") and ".128" in opcode)

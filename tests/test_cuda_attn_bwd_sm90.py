@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import public
 import pytest
 import torch
 from emulator.runtime import Library
-from test_cuda_attn_bwd import gradients
+from test_cuda_attn_bwd import HIDING, WHERE, check_hidden, gradients
 from torch import Tensor
 
 import fastattn
@@ -153,6 +154,16 @@ def test_a_packed_neighbour_has_no_influence(emulated_arch: int) -> None:
     lse[:, 40:] = torch.nan
     for got, want in zip(any_order(p, out, lse), clean, strict=True):
         assert torch.equal(got[:40], want[:40]) and got[40:].isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("case", HIDING, ids=str)
+def test_hidden_values_reach_no_gradient(
+    emulator: Library, case: Case, where: str, value: float
+) -> None:
+    check_hidden(case, torch.bfloat16, where, value)
+    assert any(place.startswith("bwd_steps_sm90.cuh") for place in emulator.passed_places())
 
 
 def test_autograd_reaches_it(emulator: Library) -> None:

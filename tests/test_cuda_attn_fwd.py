@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import emulated
 import public
@@ -67,6 +68,10 @@ def test_whatever_the_order_of_events(emulator: Library, case: Case, poisoned: N
     assert_results_close(*(dict(zip(NAMES, result, strict=True)) for result in results))
 
 
+RICH: dict[str, Any] = {
+    "window": (400, 3), "softcap": 9.0, "mask": "bhqk", "bias": "1hqk", "alibi": "bh",
+    "dropout_p": 0.2,
+}  # fmt: skip
 # Their keys are shared out among blocks of threads, by the kernels for decoding.
 FEW_QUERIES = (
     Case("few-causal", (2, 3, 520), (4, 2), 64, window=CAUSAL),
@@ -83,10 +88,20 @@ FEW_QUERIES = (
     ),
     Case("few-packed-sinks", heads=(2, 2), head_dim=144, packed=((1, 5), (2, 600)), sinks=True),
     Case("few-strides", (1, 2, 512), (2, 2), 24, strides="padded"),
+    Case("few-masked", (2, 4, 530), (4, 2), 40, mask="b1qk", empty_rows=True),
+    Case("few-everything", (1, 5, 520), (4, 2), 64, 128, sinks=True, **RICH),
+    Case(
+        "few-packed-everything",
+        heads=(2, 1),
+        head_dim=72,
+        packed=((2, 520), (0, 5), (3, 7), (1, 0)),
+        **RICH,
+    ),
 )
 MANY_QUERIES = (
     Case("few-keys", (1, 1, 511), (1, 1)),
-    Case("few-masked", (1, 1, 512), (1, 1), mask="11qk"),
+    Case("few-masked-wide", (1, 1, 512), (1, 1), 136, mask="11qk"),
+    Case("few-biased-odd", (1, 1, 512), (1, 1), 36, bias="11qk"),
     Case("few-busy", (5, 17, 512), (1, 1)),  # the emulator has 8 SMs
 )
 
@@ -94,6 +109,8 @@ MANY_QUERIES = (
 @pytest.mark.parametrize("case", [*FEW_QUERIES, *MANY_QUERIES], ids=str)
 def test_few_queries_are_decoded(emulator: Library, case: Case, poisoned: None) -> None:
     p = make_problem(case, torch.float16)
+    if p.dropout_p > 0:
+        p = p._replace(seed=public.drawn_seed())
     emulator.set_options("without=?")  # lists the places that are passed
     emulator.passed_places()
     results = [public.attention(p, "cuda"), reference.attention(to_float64(p)), eager_attention(p)]
@@ -112,6 +129,19 @@ def test_fp32_errs_no_more_than_eager(emulated_arch: int, head_dim: int) -> None
     ref64, eager = attention_expected(p)
     for name, ours in results.items():
         assert_close_to_reference(ours, ref64[name], eager[name], 1.0, name)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_a_mask_keeps_values_from_decoding(emulated_arch: int, value: float) -> None:
+    """Of a head beside others in one tile that see them."""
+    p = make_problem(Case("", (1, 1, 520), (4, 1), 64, mask="1hqk"), torch.float16)
+    assert p.mask is not None
+    p.mask[:, :, :, 40] = torch.tensor([False, True, True, True]).view(1, 4, 1)
+    p.v[:, 40, :, 3] = value
+    out, _ = public.attention(p, "cuda")
+    expected, _ = reference.attention(to_float64(p))
+    assert torch.equal(out.isfinite(), expected.isfinite()) and out.isfinite().sum() == 4 * 64 - 3
+    torch.testing.assert_close(out[:, :, 0].double(), expected[:, :, 0], rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)

@@ -54,6 +54,16 @@ def test_keeps_the_contract(emulated_arch: int, case: Case, poisoned: None) -> N
     check(p)
 
 
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("keys", [300, 301])
+def test_values_beside_scores(emulated_arch: int, keys: int, bias_dtype: torch.dtype) -> None:
+    """Of whole tiles, which are loaded in pairs where rows are aligned, and of the last one."""
+    case = Case("", (1, 70, keys), (2, 1), 128, mask="11qk", bias="1hqk", dropout_p=0.2)
+    p = make_problem(case, torch.bfloat16)
+    assert p.bias is not None
+    check(p._replace(bias=p.bias.to(bias_dtype), seed=public.drawn_seed()))
+
+
 @pytest.mark.parametrize("head_dim", [1, 33, 90, 125, 130, 200, 256])
 def test_head_dims_between_tiles(emulator: Library, head_dim: int, poisoned: None) -> None:
     """Columns that are not there are zeros, though memory behind them isn't."""

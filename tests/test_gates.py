@@ -50,12 +50,15 @@ def test_what_is_over_budget_fails(tmp_path: Path) -> None:
 
 
 def test_spills_are_excused_by_name_and_within_bounds(tmp_path: Path) -> None:
-    ops, name = code_of(HMMA=8, LDL=2), "attn_fwd_kernel<Sm75, fp16, 256, 0>"
+    ops = code_of(HMMA=8, LDL=2, **{"STG.E.128": 1})
+    name = "attn_fwd_kernel<Sm75, fp16, 256, 0>"
     spilling = kernel_of(tmp_path)._replace(shared=0, spills=200, stack=100)
     assert gates.faults(spilling, name, ops) == []
     assert gates.faults(spilling, name.replace("256", "128"), ops)
     assert gates.faults(spilling._replace(spills=1000), name, ops)
     assert gates.faults(spilling, name, code_of(FFMA=1))
+    narrow = code_of(HMMA=8, LDL=2, STG=4)
+    assert gates.faults(spilling, name, narrow) == ["no stores of 16 bytes"]
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ struct WarpRow {
   static Grid grid(const AttnFwdParams& p) {
     return {ceil_div(p.seqlen_q, kWarps) * p.heads_q * p.batch, 1, 1, 32 * kWarps};
   }
-  FASTATTN_DEVICE explicit WarpRow(const AttnFwdParams& p) {
+  FASTATTN_DEVICE explicit WarpRow(const AttnFwdParams& p, unsigned block = blockIdx.x) {
     const unsigned heads = p.heads_q, blocks = ceil_div(p.seqlen_q, kWarps);  // of a head
-    query = blockIdx.x % blocks * kWarps + threadIdx.x / 32;
-    head = blockIdx.x / blocks % heads;
-    batch = blockIdx.x / blocks / heads;
+    query = block % blocks * kWarps + threadIdx.x / 32;
+    head = block / blocks % heads;
+    batch = block / blocks / heads;
   }
 };
 
@@ -187,7 +187,10 @@ static __global__ void __launch_bounds__(BwdTile<Math, kHeadDim>::kThreads, 1)
   const QueryTile same(p, launch.order, kBlockM, kBlockN, ptx::anew(blockIdx.x));
   T* to = head_at<T>(b.dq, b.dq_stride, same.sequence.batch, same.q_row, same.head);
   Math::store(dq, own_q, to, b.dq_stride.seq, same.rows, p.head_dim, p.scale, launch.grads_aligned);
-  if (spoiled != 0) repair_dq<T, kBlockM>(launch, warp_row, spoiled);
+  for (uint32_t left = spoiled; left != 0; left &= left - 1) {
+    const int r = warp_row + __ffs(static_cast<int>(left)) - 1;
+    if (r < same.rows) repair_dq<T>(launch, same.batch, same.head, same.first + r);
+  }
 }
 
 // Which of dK and dV a launch computes: where registers hold only one of them, there are two.

@@ -124,11 +124,17 @@ FASTATTN_DEVICE void consume_queries(const AttnBwdSm90Launch& launch, const KeyT
   }
   if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read<0>();
 
-  const int64_t k_row = s.k_row + tile.first;
-  store_gradient(dk, head_at<T>(b.dk, b.dk_stride, s.batch, k_row, tile.head), b.dk_stride.seq,
-                 warp_row, tile.keys, static_cast<int>(p.head_dim), p.scale);
-  store_gradient(dv, head_at<T>(b.dv, b.dv_stride, s.batch, k_row, tile.head), b.dv_stride.seq,
-                 warp_row, tile.keys, static_cast<int>(p.head_dim_v), 1.0f);
+  const uint32_t spoiled = spoiled_rows(p, dk) | spoiled_rows(p, dv);
+  // Through V's rows, which this warp alone has multiplied by.
+  const KeyBlock same = tile_again(launch, kTile.block_k);
+  store_gradient(dk, shared.v(), warp_row,
+                 head_at<T>(b.dk, b.dk_stride, same.sequence.batch, same.k_row, same.head),
+                 b.dk_stride.seq, same.keys, p.head_dim, p.scale, launch.bwd.grads_aligned);
+  __syncwarp();
+  store_gradient(dv, shared.v(), warp_row,
+                 head_at<T>(b.dv, b.dv_stride, same.sequence.batch, same.k_row, same.head),
+                 b.dv_stride.seq, same.keys, p.head_dim_v, 1.0f, launch.bwd.grads_aligned);
+  if (spoiled != 0) repair_dkv<T, kTile.block_k, true, true>(launch.bwd, warp_row, spoiled);
 }
 
 template <class T, int kHeadDim, Scores kScores>
@@ -177,31 +183,64 @@ static __global__ void __launch_bounds__(256)
 }
 
 struct DQStoreLaunch {
-  AttnBwdParams params;
+  AttnBwdLaunch bwd;
   const float* sums;
   int columns;
+  uint32_t* spoiled;  // counts rows that are not finite; null where nothing is hidden
+  int64_t blocks;     // WarpRow's
+
+  FASTATTN_DEVICE const float* sums_of(const Sequence& s, const WarpRow& at) const {
+    const AttnFwdParams& p = bwd.params.fwd;
+    const int64_t batch = p.cu_seqlens_q ? 0 : at.batch;
+    return sums + ((batch * p.heads_q + at.head) * p.tokens_q + s.q_row + at.query) * columns;
+  }
 };
 
 // dQ of the sums, a warp to a row.
 template <class T>
 static __global__ void __launch_bounds__(128)
     attn_bwd_dq_store_kernel(const __grid_constant__ DQStoreLaunch launch) {
-  const AttnBwdParams& b = launch.params;
+  const AttnBwdParams& b = launch.bwd.params;
   const AttnFwdParams& p = b.fwd;
-  const auto [query, head, batch] = WarpRow(p);
-  const Sequence s = sequence_at(p, batch);
-  if (query >= s.seqlen_q) return;
-  const int64_t row = s.q_row + query, first = p.cu_seqlens_q ? 0 : batch;
-  const float* sums =
-      launch.sums + ((first * p.heads_q + head) * p.tokens_q + row) * launch.columns;
-  T* dq = head_at<T>(b.dq, b.dq_stride, s.batch, row, head);
-  for (int d = threadIdx.x % 32; d < p.head_dim; d += 32) store_element(dq + d, sums[d] * p.scale);
+  const WarpRow at(p);
+  const Sequence s = sequence_at(p, at.batch);
+  if (at.query >= s.seqlen_q) return;
+  const float* sums = launch.sums_of(s, at);
+  T* dq = head_at<T>(b.dq, b.dq_stride, s.batch, s.q_row + at.query, at.head);
+  float zero = 0.0f;  // or NaN
+  for (int d = threadIdx.x % 32; d < p.head_dim; d += 32) {
+    store_element(dq + d, sums[d] * p.scale);
+    zero += 0.0f * sums[d];
+  }
+  const bool finite = !__any_sync(0xffffffffu, zero != 0.0f);
+  if (launch.spoiled && !finite && threadIdx.x % 32 == 0) atomicAdd(launch.spoiled, 1u);
+}
+
+// Rows that are not finite, once more: a kernel of its own, which takes three times the registers.
+template <class T>
+static __global__ void __launch_bounds__(128)
+    attn_bwd_dq_repair_kernel(const __grid_constant__ DQStoreLaunch launch) {
+  if (*launch.spoiled == 0) return;
+  const AttnFwdParams& p = launch.bwd.params.fwd;
+#pragma unroll 1
+  for (int64_t block = blockIdx.x; block < launch.blocks; block += gridDim.x) {
+    const WarpRow at(p, static_cast<unsigned>(block));
+    const Sequence s = sequence_at(p, at.batch);
+    if (at.query >= s.seqlen_q) continue;
+    const float* sums = launch.sums_of(s, at);
+    float zero = 0.0f;
+    for (int d = threadIdx.x % 32; d < p.head_dim; d += 32) zero += 0.0f * sums[d];
+    if (__any_sync(0xffffffffu, zero != 0.0f)) {
+      repair_dq<T>(launch.bwd, at.batch, at.head, at.query);
+    }
+  }
 }
 
 // What of a problem's workspace is whose. lse and delta: (B, H_q, S_q); sums: (B, H_q, S_q,
-// columns) or, packed, (H_q, T_q, columns); all but the turns in fp32.
+// columns) or, packed, (H_q, T_q, columns); turns; and a count. The sums and lse and delta are
+// fp32, the others uint32.
 struct BwdWorkspaceSm90 {
-  int64_t rows, sums, turns;  // words
+  int64_t rows, sums, turns, spoiled;  // words
   int columns;
 
   explicit BwdWorkspaceSm90(const AttnBwdParams& b) {
@@ -212,8 +251,10 @@ struct BwdWorkspaceSm90 {
     sums = (p.cu_seqlens_q ? 1 : p.batch) * p.heads_q * p.tokens_q * columns;
     const int64_t m_blocks = ceil_div(p.seqlen_q, tile.block_q);
     turns = b.deterministic ? p.batch * p.heads_q * m_blocks * tile.dq_parts() : 0;
+    spoiled = hides_keys(p);
   }
-  int64_t bytes() const { return 4 * (2 * rows + sums + turns); }
+  int64_t bytes() const { return 4 * (2 * rows + cleared()); }
+  int64_t cleared() const { return sums + turns + spoiled; }
 };
 
 template <class T, int kHeadDim>
@@ -231,6 +272,8 @@ void launch_attn_bwd_sm90(const AttnBwdParams& b, void* workspace, const Device&
   params.bwd.delta = lse + space.rows;
   params.bwd.order = make_key_order(p, kTile.block_k, sizeof(T));
   params.bwd.order.ascending = !b.deterministic;
+  params.bwd.grads_aligned = rows_aligned<T>(b.dk, b.dk_stride, p.head_dim) &&
+                             rows_aligned<T>(b.dv, b.dv_stride, p.head_dim_v);
   params.turns = b.deterministic ? turns : nullptr;
   const auto mapped_q = [&](const void* data, const Strides& stride, int64_t cols) {
     return tensor_map(mapped(p, data, stride, p.tokens_q, p.heads_q, cols, kTile.block_q));
@@ -254,7 +297,7 @@ void launch_attn_bwd_sm90(const AttnBwdParams& b, void* workspace, const Device&
     launch(attn_bwd_dsinks_kernel, {p.heads_q, 1, 1, 32}, params.bwd, device,
            "attn_bwd_dsinks of " + shape);
   }
-  const ClearLaunch clear{reinterpret_cast<uint32_t*>(sums), space.sums + space.turns};
+  const ClearLaunch clear{reinterpret_cast<uint32_t*>(sums), space.cleared()};
   launch(attn_bwd_clear_kernel,
          {lesser(ceil_div(clear.words, 256), 8 * device.multiprocessors), 1, 1, 256}, clear, device,
          "attn_bwd_clear of " + shape);
@@ -266,8 +309,13 @@ void launch_attn_bwd_sm90(const AttnBwdParams& b, void* workspace, const Device&
     launch(attn_bwd_sm90_kernel<T, kHeadDim, Scores::kPlain>, grid, params, device,
            "attn_bwd of " + shape);
   }
-  const DQStoreLaunch store{b, sums, kHeadDim};
+  const DQStoreLaunch store{params.bwd, sums, kHeadDim,
+                            space.spoiled ? turns + space.turns : nullptr, rows.x};
   launch(attn_bwd_dq_store_kernel<T>, rows, store, device, "attn_bwd_dq_store of " + shape);
+  if (store.spoiled) {
+    const Grid few{lesser(rows.x, 2 * device.multiprocessors), 1, 1, 128};
+    launch(attn_bwd_dq_repair_kernel<T>, few, store, device, "attn_bwd_dq_repair of " + shape);
+  }
 }
 
 template <class T>

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, kRows>)
     if (dim == 0) sStates[team * kRows + r] = states[r];
   }
   __syncthreads();
-  write_tile<T, false, kTeams, kRows, kDims>(p, t, sOut, sStates);
+  write_tile<T, Scores::kPlain, false, kTeams, kRows, kDims>(p, t, sOut, sStates);
 }
 
 // Merges the splits of a row in their order, one warp a row.
@@ -189,12 +189,16 @@ auto mma_launcher(DType dtype, const Device& device) -> decltype(&launch_sm80) {
   return nullptr;
 }
 
+bool has_products(const AttnDecodeParams& p, const Device& device) {
+  return std::max(p.head_dim, p.head_dim_v) <= kMmaMaxDims && mma_launcher(p.dtype, device);
+}
+
 // A tile's rows: one, four, or the 16 of tensor cores.
 int tile_rows(const AttnDecodeParams& p, const Device& device) {
   const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
-  const bool fits = std::max(p.head_dim, p.head_dim_v) <= kMmaMaxDims;
+  if (is_rich(p)) return kMmaRows;
   if (!aligned(p)) return 4;
-  return rows == 1 ? 1 : rows > 4 && fits && mma_launcher(p.dtype, device) ? kMmaRows : 4;
+  return rows == 1 ? 1 : rows > 4 && has_products(p, device) ? kMmaRows : 4;
 }
 
 int64_t row_tiles(const AttnDecodeParams& p, const Device& device) {
@@ -249,6 +253,10 @@ void run(const KernelParams& p, const Device& device) {
 }
 
 }  // namespace decode
+
+bool attn_decode_takes(const AttnDecodeParams& p, const Device& device) {
+  return !decode::is_rich(p) || (decode::aligned(p) && decode::has_products(p, device));
+}
 
 int64_t attn_decode_workspace(const AttnDecodeParams& p, const Device& device) {
   const int64_t splits = decode::choose_splits(p, device);

@@ -12,6 +12,8 @@
 #include "../block_range.h"
 #include "kv_cache.cuh"
 #include "launch.cuh"
+#include "score_mods.cuh"
+#include "tiles.cuh"
 #include "vector.cuh"
 
 namespace fastattn::cuda::decode {
@@ -38,6 +40,10 @@ struct KernelParams : AttnDecodeParams {
     return (b * heads_q + head) * seqlen_q + query;
   }
 };
+
+// Scores that only the tensor cores' kernel makes. Here the others are plain: scale, softcap,
+// ALiBi.
+inline bool is_rich(const AttnDecodeParams& p) { return p.mask || p.bias || p.seed; }
 
 // Aligned tiles of kMmaRows rows of 16-bit elements, D and D_v up to kMmaMaxDims.
 constexpr int kMmaRows = 16;
@@ -130,6 +136,48 @@ FASTATTN_DEVICE float alibi_slope(const KernelParams& p, int64_t b, int head) {
   return p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_batch + head] : 0.0f;
 }
 
+// One row's scores from raw products, and which of its weights dropout keeps.
+template <class T, Scores kScores>
+class RowScores;
+template <class T>
+class RowScores<T, Scores::kPlain> {
+ public:
+  FASTATTN_DEVICE RowScores(const KernelParams& p, const Tile& t, const Sequence&, const Row& row)
+      : p_(p),
+        query_(row.query),
+        diagonal_(t.diagonal),
+        slope_(row.exists ? alibi_slope(p, t.batch, row.head) : 0.0f) {}
+  FASTATTN_DEVICE float operator()(float product, int key) const {
+    return score(product, slope_, abs(query_ + diagonal_ - key), p_);
+  }
+  FASTATTN_DEVICE bool keeps(int) const { return true; }
+  // Whether a row of queries may not see a key that another one sees.
+  FASTATTN_DEVICE static bool hides_keys(const KernelParams& p) { return p.seqlen_q > 1; }
+
+ private:
+  const KernelParams& p_;
+  const int query_, diagonal_;
+  const float slope_;
+};
+template <class T>
+class RowScores<T, Scores::kRich> {
+ public:
+  FASTATTN_DEVICE RowScores(const KernelParams& p, const Tile&, const Sequence& s, const Row& row)
+      : query_(row.query),
+        mods_(p, s, make_window(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right), row.head) {}
+  FASTATTN_DEVICE float operator()(float product, int key) const {
+    float scores[1][1][4] = {{{product}}};
+    mods_.apply(scores, {query_, key});
+    return scores[0][0][0];
+  }
+  FASTATTN_DEVICE bool keeps(int key) const { return mods_.keeps({query_, key}); }
+  FASTATTN_DEVICE static bool hides_keys(const KernelParams& p) { return p.seqlen_q > 1 || p.mask; }
+
+ private:
+  const int query_;
+  const ScoreMods<T> mods_;
+};
+
 // A lane's part of a row.
 template <class T>
 struct Slice {
@@ -207,8 +255,14 @@ FASTATTN_DEVICE const T* keys_at(const void* cache, const Strides& stride, const
   return static_cast<const T*>(cache) + s.k_row * stride.seq + head_k * stride.head;
 }
 
+// What is kept is multiplied by this.
+template <Scores kScores>
+FASTATTN_DEVICE float kept_scale(const KernelParams& p) {
+  return kScores == Scores::kRich && p.seed ? p.dropout_scale : 1.0f;
+}
+
 // Element d of Σ exp(s − row_max)·v over the keys that the row sees, one thread on its own.
-template <class T>
+template <class T, Scores kScores>
 FASTATTN_DEVICE float recompute(const KernelParams& p, const Tile& t, const Row& row, int d,
                                 float row_max) {
   const Sequence sequence = sequence_at(p, t.batch);
@@ -216,7 +270,7 @@ FASTATTN_DEVICE float recompute(const KernelParams& p, const Tile& t, const Row&
   const T* gK = keys_at<T>(p.k_cache, p.k_stride, sequence, t.head_k);
   const T* gV = keys_at<T>(p.v_cache, p.v_stride, sequence, t.head_k);
   const CachePlace place(p, t.batch, p.by_page_size);
-  const float slope = alibi_slope(p, t.batch, row.head);
+  const RowScores<T, kScores> score(p, t, sequence, row);
   float out = 0;
   for (int key = t.keys.begin; key < t.keys.end; key++) {
     if (!t.sees(row.query, key)) continue;
@@ -225,10 +279,11 @@ FASTATTN_DEVICE float recompute(const KernelParams& p, const Tile& t, const Row&
     const T* v = gV + offset_of(at, p.v_stride);
     float product = 0;
     for (int i = 0; i < p.head_dim; i++) product += to_float(q[i]) * to_float(k[i]);
-    const float s = score(product, slope, abs(row.query + t.diagonal - key), p);
-    out += exp_of(s - row_max) * to_float(v[d]);
+    const float s = score(product, key);
+    if (s == -INFINITY) continue;
+    out += (score.keeps(key) ? exp_of(s - row_max) : 0.0f) * to_float(v[d]);
   }
-  return out;
+  return out * kept_scale<kScores>(p);
 }
 
 // Where element d of a team's row lies in sOut (kTeams, kRows, kDims): rearranged among 16, so that
@@ -244,7 +299,7 @@ FASTATTN_DEVICE int out_index(int team, int row, int d) {
 // The results of several teams of threads that took different keys, merged in their order and
 // written: sOut by out_index, sStates (kTeams, kRows). kShared: rows that don't see a key
 // had its value times 0 added, and if that is not finite, neither are they; they are done again.
-template <class T, bool kShared, int kTeams, int kRows, int kDims>
+template <class T, Scores kScores, bool kShared, int kTeams, int kRows, int kDims>
 FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const float* sOut,
                                 const RowState* sStates) {
   const Sequence s = sequence_at(p, t.batch);
@@ -278,8 +333,8 @@ FASTATTN_DEVICE void write_tile(const KernelParams& p, const Tile& t, const floa
       for (int team = 0; team < kTeams; team++) {
         out += scale[team] * sOut[out_index<kRows, kDims>(team, r, d)];
       }
-      if (kShared && p.seqlen_q > 1 && !(fabsf(out) <= FLT_MAX)) {
-        out = recompute<T>(p, t, row, d, total.row_max);
+      if (kShared && RowScores<T, kScores>::hides_keys(p) && !(fabsf(out) <= FLT_MAX)) {
+        out = recompute<T, kScores>(p, t, row, d, total.row_max);
       }
       if (whole) {
         out_row<T>(p, t.batch, row.head, s.q_row + row.query)[d] = from_float<T>(out * factor);

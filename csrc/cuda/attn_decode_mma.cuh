@@ -29,16 +29,7 @@ FASTATTN_DEVICE uint32_t pair(const uint4& low, const uint4& high, int c) {
   return c % 2 == 0 ? (a & 0xffff) | b << 16 : a >> 16 | (b & 0xffff0000);
 }
 
-FASTATTN_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-}
-FASTATTN_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
-
-template <class Arch, class T, int kDims>
+template <class Arch, class T, int kDims, Scores kScores>
 static __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
     attn_decode_mma_kernel(const __grid_constant__ KernelParams p) {
   constexpr int kWarps = kThreads / 32, kChunks = kDims / 32, kHalves = kDims / 64;
@@ -54,13 +45,12 @@ static __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
   // Of rows group and group + 8.
   uint4 q[2][kChunks];
   RowState states[2];  // row_sum: this lane's part
-  int query[2];
-  float slope[2];
+  const Row rows[2] = {{tile, group, p, sequence}, {tile, group + 8, p, sequence}};
+  const RowScores<T, kScores> score[2] = {{p, tile, sequence, rows[0]},
+                                          {p, tile, sequence, rows[1]}};
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const Row row(tile, group + 8 * h, p, sequence);
-    query[h] = row.query;
-    slope[h] = row.exists ? alibi_slope(p, tile.batch, row.head) : 0.0f;
+    const Row& row = rows[h];
     const T* from = query_at<T>(p, sequence, row);
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
@@ -119,8 +109,7 @@ static __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
 #pragma unroll
         for (int e = 2 * h; e < 2 * h + 2; e++) {
           const int key = first + 8 * n + 2 * t + e % 2;
-          const int distance = abs(query[h] + tile.diagonal - key);
-          s[n][e] = tile.sees(query[h], key) ? score(s[n][e], slope[h], distance, p) : -INFINITY;
+          s[n][e] = tile.sees(rows[h].query, key) ? score[h](s[n][e], key) : -INFINITY;
           row_max = fmaxf(row_max, s[n][e]);
         }
       }
@@ -134,6 +123,7 @@ static __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
         for (int e = 2 * h; e < 2 * h + 2; e++) {
           s[n][e] = exp_of(s[n][e] - row_max);
           states[h].row_sum += s[n][e];
+          if (!score[h].keeps(first + 8 * n + 2 * t + e % 2)) s[n][e] = 0.0f;
         }
       }
     }
@@ -151,6 +141,7 @@ static __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
     }
   }
 
+  const float kept = kept_scale<kScores>(p);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int row = group + 8 * h;
@@ -161,21 +152,27 @@ static __global__ void __launch_bounds__(kThreads, kDims == 64 ? 3 : 2)
 #pragma unroll
       for (int c = 0; c < 8; c++) {
         const int d = 64 * u + 16 * t + c;  // of result column 2t; 8 more of 2t + 1
-        sOut[out_index<kMmaRows, kDims>(warp, row, d)] = out[u][c][2 * h];
-        sOut[out_index<kMmaRows, kDims>(warp, row, d + 8)] = out[u][c][2 * h + 1];
+        sOut[out_index<kMmaRows, kDims>(warp, row, d)] = out[u][c][2 * h] * kept;
+        sOut[out_index<kMmaRows, kDims>(warp, row, d + 8)] = out[u][c][2 * h + 1] * kept;
       }
     }
   }
   __syncthreads();
-  write_tile<T, true, kWarps, kMmaRows, kDims>(p, tile, sOut, sStates);
+  write_tile<T, kScores, true, kWarps, kMmaRows, kDims>(p, tile, sOut, sStates);
 }
 
-template <class Arch, class T, int kDims>
+template <class Arch, class T, int kDims, Scores kScores>
 void launch_mma(const KernelParams& p, const Device& device, const std::string& what) {
   constexpr int kShared =
       kThreads / 32 * kMmaRows * (kDims * int(sizeof(float)) + int(sizeof(RowState)));
   const Grid grid{p.batch * p.heads_k * p.splits * p.row_tiles, 1, 1, kThreads, kShared};
-  launch(attn_decode_mma_kernel<Arch, T, kDims>, grid, p, device, what);
+  launch(attn_decode_mma_kernel<Arch, T, kDims, kScores>, grid, p, device, what);
+}
+
+template <class Arch, class T, int kDims>
+void launch_mma(const KernelParams& p, const Device& device, const std::string& what) {
+  if (is_rich(p)) return launch_mma<Arch, T, kDims, Scores::kRich>(p, device, what);
+  launch_mma<Arch, T, kDims, Scores::kPlain>(p, device, what);
 }
 
 template <class Arch, class T>

@@ -7,23 +7,10 @@ namespace fastattn::cuda {
 
 namespace {
 
-// Few queries of many keys, with nothing that the kernels for decoding don't know. A forward kernel
-// has one block of threads for a head's tile of queries, those split the keys among blocks, and
-// read keys once for all query heads of a group: up to 16 rows, a tile of theirs, in any case. More
-// rows mean more tiles that read the same keys from L2, which pays while SMs would have nothing to
-// do; head dims over 128 have no tensor cores there. fastattn/backend_cuda.py tells users.
-bool decodes(const AttnFwdParams& p, const Device& device) {
-  constexpr int64_t kFewRows = 16, kMostRows = 512, kManyKeys = 512;
-  if (p.mask || p.bias || p.seed || p.seqlen_k < kManyKeys) return false;
-  const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
-  const int64_t tiles = p.batch * p.heads_q * ceil_div(p.seqlen_q, 128);
-  return rows <= kFewRows || (rows <= kMostRows && greater(p.head_dim, p.head_dim_v) <= 128 &&
-                              2 * tiles <= device.multiprocessors);
-}
-
 // The keys are those of a cache, each as if just appended; or of a packed sequence.
 AttnDecodeParams as_decode(const AttnFwdParams& p) {
   AttnDecodeParams d{};
+  static_cast<ScoreParams&>(d) = p;
   d.dtype = p.dtype;
   d.batch = p.batch;
   d.heads_q = p.heads_q;
@@ -45,14 +32,24 @@ AttnDecodeParams as_decode(const AttnFwdParams& p) {
   d.lse_stride_head = p.lse_stride_head;
   d.cu_seqlens_q = p.cu_seqlens_q;
   d.cu_seqlens_k = p.cu_seqlens_k;
-  d.scale = p.scale;
-  d.softcap = p.softcap;
   d.window_left = p.window_left;
   d.window_right = p.window_right;
-  d.alibi_slopes = p.alibi_slopes;
-  d.alibi_stride_batch = p.alibi_stride_batch;
   d.sinks = p.sinks;
   return d;
+}
+
+// Few queries of many keys, if the kernels for decoding take their scores. A forward kernel has one
+// block of threads for a head's tile of queries, those split the keys among blocks, and read keys
+// once for all query heads of a group: up to 16 rows, a tile of theirs, in any case. More rows mean
+// more tiles that read the same keys from L2, which pays while SMs would have nothing to do; head
+// dims over 128 have no tensor cores there. fastattn/backend_cuda.py tells users.
+bool decodes(const AttnFwdParams& p, const Device& device) {
+  constexpr int64_t kFewRows = 16, kMostRows = 512, kManyKeys = 512;
+  if (p.seqlen_k < kManyKeys || !attn_decode_takes(as_decode(p), device)) return false;
+  const int64_t rows = p.heads_q / p.heads_k * p.seqlen_q;
+  const int64_t tiles = p.batch * p.heads_q * ceil_div(p.seqlen_q, 128);
+  return rows <= kFewRows || (rows <= kMostRows && greater(p.head_dim, p.head_dim_v) <= 128 &&
+                              2 * tiles <= device.multiprocessors);
 }
 
 }  // namespace

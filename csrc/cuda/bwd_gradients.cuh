@@ -28,7 +28,8 @@ class Gradients {
   // From raw products and dP, with lse and delta of element (m, n, half, e)'s query as
   // stats(n, half, e): `weights` become P after dropout, `dweights` dS before scale. What is hidden
   // gets 0 in both, whatever it holds. `inside`: nothing is outside the window. By a whole warp.
-  template <int kN, class Stats>
+  // Where there is no softcap, 8 · kPart columns are taken at a time of fragments that are wide.
+  template <int kPart = 4, int kN, class Stats>
   FASTATTN_DEVICE void apply(float (&weights)[1][kN][4], float (&dweights)[1][kN][4],
                              const KernelWindow& window, bool inside, Position at,
                              const Stats& stats) const {
@@ -44,43 +45,54 @@ class Gradients {
         fill_outside(weights, window, at, 0.0f);
         fill_outside(dweights, window, at, 0.0f);
       }
+    } else if (kN >= 8 && kPart > 1 && !(b_.fwd.softcap > 0)) {
+      apply_parts<kN >= 8 ? kPart : 1, false>(weights, dweights, window, inside, at, stats);
     } else {
-      // 8 columns at a time: what they need between takes registers.
-#pragma unroll
-      for (int n = 0; n < kN; n++) {
-        const Position part{at.row, at.column + 8 * n};
-        apply_rich(
-            weights[0][n], dweights[0][n], window, inside, part,
-            [&](int half, int e) { return stats(n, half, e); },
-            [&](float (&kept)[1][1][4]) { mods_.drop(kept, part); });
-      }
+      apply_parts<1, true>(weights, dweights, window, inside, at, stats);
     }
   }
 
   // The same for one score, by a lane on its own.
   FASTATTN_DEVICE void apply_alone(float& weight, float& dweight, const KernelWindow& window,
                                    Position at, float2 lse_delta) const {
-    float weights[4] = {weight}, dweights[4] = {dweight};
-    apply_rich(
-        weights, dweights, window, false, at, [&](int, int) { return lse_delta; },
-        [&](float (&kept)[1][1][4]) {
-          if (!mods_.keeps(at)) kept[0][0][0] = 0.0f;
-        });
-    weight = weights[0];
-    dweight = dweights[0];
+    float weights[1][1][4] = {{{weight}}}, dweights[1][1][4] = {{{dweight}}};
+    apply_rich<true>(
+        weights, dweights, window, false, at, [&](int, int, int) { return lse_delta; },
+        [&](int) { return [&](int, int) { return mods_.keeps(at); }; });
+    weight = weights[0][0][0];
+    dweight = dweights[0][0][0];
   }
 
  private:
-  // Of a 16 × 8 fragment; drop(kept) makes those 0 that dropout drops.
-  template <class Stats, class Drop>
-  FASTATTN_DEVICE void apply_rich(float (&raw)[4], float (&draw)[4], const KernelWindow& window,
-                                  bool inside, Position at, const Stats& stats,
-                                  const Drop& drop) const {
+  // 8 · kPart columns at a time, each option being asked for once. What scores need in between
+  // takes registers, most of all softcap's slopes.
+  template <int kPart, bool kCaps, int kN, class Stats>
+  FASTATTN_DEVICE void apply_parts(float (&weights)[1][kN][4], float (&dweights)[1][kN][4],
+                                   const KernelWindow& window, bool inside, Position at,
+                                   const Stats& stats) const {
+    static_assert(kN % kPart == 0);
+#pragma unroll
+    for (int first = 0; first < kN; first += kPart) {
+      const Position part{at.row, at.column + 8 * first};
+      apply_rich<kCaps>(
+          reinterpret_cast<float (&)[1][kPart][4]>(weights[0][first]),
+          reinterpret_cast<float (&)[1][kPart][4]>(dweights[0][first]), window, inside, part,
+          [&](int n, int half, int e) { return stats(first + n, half, e); },
+          [&](int n) {
+            return typename ScoreMods<T, kRows>::Kept(mods_, {part.row, part.column + 8 * n});
+          });
+    }
+  }
+
+  // kept_of(n) says which elements (half, e) of 8 columns dropout keeps.
+  template <bool kCaps, int kN, class Stats, class KeptOf>
+  FASTATTN_DEVICE void apply_rich(float (&weights)[1][kN][4], float (&dweights)[1][kN][4],
+                                  const KernelWindow& window, bool inside, Position at,
+                                  const Stats& stats, const KeptOf& kept_of) const {
     const AttnFwdParams& p = b_.fwd;
-    float weights[1][1][4] = {{{raw[0], raw[1], raw[2], raw[3]}}};
     mods_.cap(weights);
-    float slopes[1][1][4] = {};
-    if (p.softcap > 0) {
+    float slopes[1][kN][4];
+    if (kCaps && p.softcap > 0) {
       const float per_cap = ptx::rcp(p.softcap);
       for_each_element(slopes, [&](float& slope, int m, int n, int half, int e) {
         const float t = weights[m][n][2 * half + e] * per_cap;
@@ -89,35 +101,39 @@ class Gradients {
     }
     mods_.add(weights, at);
     if (!inside) fill_outside(weights, window, at, -INFINITY);
-    float kept[1][1][4] = {};  // 0, or what is kept is multiplied by
-    if (p.seed) {
-      for_each_element(kept, [&](float& factor, int, int, int, int) { factor = p.dropout_scale; });
-      drop(kept);
 #pragma unroll
-      for (int i = 0; i < 4; i++) draw[i] *= kept[0][0][i];
+    for (int n = 0; n < kN; n++) {
+      // `factor`: 0, or what is kept is multiplied by.
+      const auto weigh = [&](const auto& factor) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float &weight = weights[0][n][i], &dweight = dweights[0][n][i];
+          const float2 lse_delta = stats(n, i / 2, i % 2);
+          const bool hidden = weight == -INFINITY;
+          const float prob = ptx::ex2((weight - lse_delta.x) * kLog2E);
+          const float kept = factor(i / 2, i % 2);
+          weight = hidden ? 0.0f : prob * kept;
+          dweight = hidden ? 0.0f : prob * (dweight * kept - lse_delta.y);
+        }
+      };
+      if (p.seed) {
+        const auto kept = kept_of(n);
+        weigh([&](int half, int e) { return kept(half, e) ? p.dropout_scale : 0.0f; });
+      } else {
+        weigh([](int, int) { return 1.0f; });
+      }
     }
-    float dscores[1][1][4];
-    for_each_element(weights, [&](float& weight, int m, int n, int half, int e) {
-      const float2 lse_delta = stats(half, e);
-      const int i = 2 * half + e;
-      const bool hidden = weight == -INFINITY;
-      const float prob = ptx::ex2((weight - lse_delta.x) * kLog2E);
-      raw[i] = hidden ? 0.0f : prob;
-      dscores[m][n][i] = hidden ? 0.0f : prob * (draw[i] - lse_delta.y);
-    });
-    if (p.seed) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) raw[i] *= kept[0][0][i];
-    }
-    if (kAddsBias && b_.dbias) add_dbias(dscores, at);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      draw[i] = p.softcap > 0 ? dscores[0][0][i] * slopes[0][0][i] : dscores[0][0][i];
+    if (kAddsBias && b_.dbias) add_dbias(dweights, at);
+    if (kCaps && p.softcap > 0) {
+      for_each_element(dweights, [&](float& dweight, int m, int n, int half, int e) {
+        dweight *= slopes[m][n][2 * half + e];
+      });
     }
   }
 
   // Elements of dbias that several scores share are summed in no particular order.
-  FASTATTN_DEVICE void add_dbias(float (&dscores)[1][1][4], Position at) const {
+  template <int kN>
+  FASTATTN_DEVICE void add_dbias(float (&dscores)[1][kN][4], Position at) const {
     const ScoreStrides stride = ScoreMods<T, kRows>::oriented(b_.dbias_stride);
     float* dbias = b_.dbias + batch_ * stride.batch + head_ * stride.head + at.row * stride.row +
                    at.column * stride.col;

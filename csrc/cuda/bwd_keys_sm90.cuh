@@ -41,6 +41,11 @@ struct KeyTile : KeyBlock {
   }
 };
 
+// The keys, found anew, so that the loop before keeps nothing of them in registers.
+FASTATTN_DEVICE KeyBlock tile_again(const AttnBwdSm90Launch& launch, int block_k) {
+  return {launch.bwd.params.fwd, launch.bwd.order, block_k, ptx::anew(blockIdx.x)};
+}
+
 template <int kHeadDim>
 struct BwdSharedSm90 {
   static constexpr BwdTileSm90 kTile = bwd_tile_sm90(kHeadDim);

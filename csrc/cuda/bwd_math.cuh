@@ -32,6 +32,16 @@ FASTATTN_DEVICE void store_gradient(const float (&grad)[1][kD][4], T* to, int64_
   }
 }
 
+// The same for 16-bit elements, 16 bytes at a time if `aligned`, through this warp's rows of a tile
+// that nobody needs any more.
+template <class T, class Tile, int kD>
+FASTATTN_DEVICE void store_gradient(float (&grad)[1][kD][4], const Tile& tile, int warp_row, T* to,
+                                    int64_t stride, int rows, int64_t cols, float factor,
+                                    bool aligned) {
+  for_each_element(grad, [&](float& x, int, int, int, int) { x *= factor; });
+  store_out(grad, tile, warp_row, to, stride, rows, static_cast<int>(cols), aligned);
+}
+
 // From tiles of 16-bit elements by mma; 16-row fragments, one a warp.
 template <class Arch, class Element>
 struct TensorCores {
@@ -85,9 +95,8 @@ struct TensorCores {
   FASTATTN_DEVICE static void store(float (&grad)[1][kD][4], const Operand<kCols, kHeld>& own,
                                     T* to, int64_t stride, int rows, int64_t cols, float factor,
                                     bool aligned) {
-    for_each_element(grad, [&](float& x, int, int, int, int) { x *= factor; });
     if constexpr (!kHeld) __syncwarp();  // other lanes have read them
-    store_out(grad, own.tile, own.row, to, stride, rows, static_cast<int>(cols), aligned);
+    store_gradient(grad, own.tile, own.row, to, stride, rows, cols, factor, aligned);
   }
 };
 

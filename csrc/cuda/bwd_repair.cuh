@@ -121,29 +121,26 @@ FASTATTN_DEVICE RowPair<T> key_rows(const AttnFwdParams& p, const Sequence& s, i
           static_cast<int>(p.head_dim_v)};
 }
 
-// Rows of dQ, bit by bit as spoiled_rows gives them, after the tile's have been written.
-template <class T, int kBlockM>
-__device__ __noinline__ void repair_dq(const AttnBwdLaunch& launch, int warp_row, uint32_t rows) {
+// A row of dQ, after it has been written.
+template <class T>
+__device__ __noinline__ void repair_dq(const AttnBwdLaunch& launch, int batch, int head,
+                                       int query) {
   const AttnBwdParams& b = launch.params;
   const AttnFwdParams& p = b.fwd;
-  const QueryTile tile(p, launch.order, kBlockM, 1);
-  const Sequence& s = tile.sequence;
-  const Gradients<T, Rows::kQueries, false> gradients(b, s, tile.window, tile.head);
-  const RowPair<T> queries = query_rows<T>(b, s, tile.head);
-  const RowPair<T> keys = key_rows<T>(p, s, tile.head_k);
-  const int64_t head_row = (int64_t{tile.batch} * p.heads_q + tile.head) * p.seqlen_q;
-  __syncwarp();  // what is to be written over came from other lanes
-#pragma unroll 1
-  for (; rows != 0; rows &= rows - 1) {
-    const int row = warp_row + __ffs(static_cast<int>(rows)) - 1, query = tile.first + row;
-    if (row >= tile.rows) continue;
-    const float2 stats = make_float2(launch.lse[head_row + query], launch.delta[head_row + query]);
-    RowSums<T, Rows::kQueries> sums;
-    sums.add(gradients, KernelWindow(tile.window), query, queries.row(query), keys,
-             tile.n_block_min, tile.n_block_end, [&](int) { return stats; });
-    sums.store_a(head_at<T>(b.dq, b.dq_stride, s.batch, tile.q_row + row, tile.head),
-                 queries.a_cols, p.scale);
-  }
+  const Sequence s = sequence_at(p, batch);
+  const Window window = make_window(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right);
+  const Range seen = keys_seen_by_any(window, {query, query + 1});
+  const Gradients<T, Rows::kQueries, false> gradients(b, s, window, head);
+  const RowPair<T> queries = query_rows<T>(b, s, head);
+  const RowPair<T> keys = key_rows<T>(p, s, head / launch.order.group_size);
+  const int64_t at = (int64_t{batch} * p.heads_q + head) * p.seqlen_q + query;
+  const float2 stats = make_float2(launch.lse[at], launch.delta[at]);
+  RowSums<T, Rows::kQueries> sums;
+  sums.add(gradients, KernelWindow(window), query, queries.row(query), keys,
+           static_cast<int>(seen.begin), static_cast<int>(seen.end), [&](int) { return stats; });
+  __syncwarp();  // what is written over came from other lanes
+  sums.store_a(head_at<T>(b.dq, b.dq_stride, s.batch, s.q_row + query, head), queries.a_cols,
+               p.scale);
 }
 
 // Rows of dK, dV or both.

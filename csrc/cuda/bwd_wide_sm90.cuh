@@ -92,7 +92,7 @@ struct WideBlock {
                                                          tile.window, head);
     const bool all = inside();
     const Position at = position();
-    gradients.apply(weights, dweights, seen_by, all, at, [&](int n, int, int e) {
+    gradients.template apply<1>(weights, dweights, seen_by, all, at, [&](int n, int, int e) {
       return make_float2(lane_stats[8 * n + e], lane_stats[kBlockQ + 8 * n + e]);
     });
     if (!all) {
@@ -185,8 +185,15 @@ FASTATTN_DEVICE void consume_for_dv(const AttnBwdSm90Launch& launch, const KeyTi
     ptx::settle(scores[0]);
     shared.dout_ring.release();
   }
-  store_gradient(dv, head_at<T>(b.dv, b.dv_stride, tile.sequence.batch, tile.k_row, tile.head),
-                 b.dv_stride.seq, block.warp_row, tile.keys, static_cast<int>(p.head_dim_v), 1.0f);
+  const uint32_t spoiled = spoiled_rows(p, dv);
+  // Through a buffer of dO: with the last part of dQ all have met since they multiplied by it.
+  const KeyBlock same = tile_again(launch, Block::kTile.block_k);
+  store_gradient(dv, shared.dout(), block.warp_row,
+                 head_at<T>(b.dv, b.dv_stride, same.sequence.batch, same.k_row, same.head),
+                 b.dv_stride.seq, same.keys, p.head_dim_v, 1.0f, launch.bwd.grads_aligned);
+  if (spoiled != 0) {
+    repair_dkv<T, Block::kTile.block_k, false, true>(launch.bwd, block.warp_row, spoiled);
+  }
 }
 
 template <class T, int kHeadDim, Scores kScores>
@@ -230,9 +237,15 @@ FASTATTN_DEVICE void consume_for_dk(const AttnBwdSm90Launch& launch, const KeyTi
     block.template multiply<T, 1>(dk, dpacked, shared.q(), shared);
     shared.q_ring.release();
   }
-  store_gradient(dk, head_at<T>(b.dk, b.dk_stride, tile.sequence.batch, tile.k_row, tile.head),
-                 b.dk_stride.seq, block.warp_row, tile.keys, static_cast<int>(b.fwd.head_dim),
-                 b.fwd.scale);
+  const uint32_t spoiled = spoiled_rows(b.fwd, dk);
+  // Through V's rows, which this warp alone has multiplied by.
+  const KeyBlock same = tile_again(launch, Block::kTile.block_k);
+  store_gradient(dk, shared.v(), block.warp_row,
+                 head_at<T>(b.dk, b.dk_stride, same.sequence.batch, same.k_row, same.head),
+                 b.dk_stride.seq, same.keys, b.fwd.head_dim, b.fwd.scale, launch.bwd.grads_aligned);
+  if (spoiled != 0) {
+    repair_dkv<T, Block::kTile.block_k, true, false>(launch.bwd, block.warp_row, spoiled);
+  }
 }
 
 // Both, behind K and V.

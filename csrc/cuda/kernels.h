@@ -31,6 +31,8 @@ void attn_entropy(const AttnEntropyParams& p, const Device& device);
 int64_t attn_bwd_workspace(const AttnBwdParams& p, const Device& device);
 void attn_bwd(const AttnBwdParams& p, void* workspace, const Device& device);
 
+// Mask, bias and dropout are taken in 16 bits, aligned, up to head dim 128.
+bool attn_decode_takes(const AttnDecodeParams& p, const Device& device);
 int64_t attn_decode_workspace(const AttnDecodeParams& p, const Device& device);
 void attn_decode(const AttnDecodeParams& p, void* workspace, const Device& device);
 

@@ -17,11 +17,16 @@ FASTATTN_DEVICE void store_element(T* to, float x) {
   to->bits = static_cast<uint16_t>(ptx::pack(x, 0.0f, T{}));
 }
 
-// Bit r is set where row r of this warp's tile is not finite, and hides keys. (Behind the end of a
-// packed sequence lies the next one, which sm_90's tiles hold and hide too.)
+// Whether any key may be hidden. (Behind the end of a packed sequence lies the next one, which
+// sm_90's tiles hold and hide too.)
+FASTATTN_HD inline bool hides_keys(const AttnFwdParams& p) {
+  return p.mask || p.cu_seqlens_k || p.window_left >= 0 || p.window_right >= 0;
+}
+
+// Bit r is set where row r of this warp's tile is not finite, and hides keys.
 template <int kM, int kD>
 FASTATTN_DEVICE uint32_t spoiled_rows(const AttnFwdParams& p, const float (&out)[kM][kD][4]) {
-  if (!p.mask && !p.cu_seqlens_k && p.window_left < 0 && p.window_right < 0) return 0;
+  if (!hides_keys(p)) return 0;
   const int lane = threadIdx.x % 32;
   uint32_t rows = 0;
 #pragma unroll

@@ -6,18 +6,18 @@
 // key's row and the query's column.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "../block_range.h"
 #include "elements.cuh"
 #include "philox.cuh"
 #include "ptx.cuh"
 #include "softmax.cuh"
 #include "tiles.cuh"
+#include "vector.cuh"
 
 namespace fastattn::cuda {
-
-FASTATTN_DEVICE float to_float(float x) { return x; }
-FASTATTN_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-FASTATTN_DEVICE float to_float(fp16 x) { return ptx::to_float(x); }
 
 inline bool is_rich(const AttnFwdParams& p) {
   return !(p.scale > 0) || p.softcap > 0 || p.mask || p.bias || p.alibi_slopes || p.seed;
@@ -123,18 +123,37 @@ FASTATTN_DEVICE float fast_tanh(float x) {
   return u <= 0.64f ? fmaf(x * u, p, x) : far;
 }
 
+// Two that lie side by side, in one load.
+template <class Value>
+struct Pair {
+  Value first, second;
+};
+template <class Value>
+FASTATTN_DEVICE bool is_aligned_pair(const Value* from) {
+  return reinterpret_cast<uintptr_t>(from) % sizeof(Pair<Value>) == 0;
+}
+template <class Value>
+FASTATTN_DEVICE Pair<Value> load_pair(const Value* from) {
+  using Word = std::conditional_t<sizeof(Value) == 1, uint16_t,
+                                  std::conditional_t<sizeof(Value) == 2, uint32_t, uint64_t>>;
+  const Word word = *reinterpret_cast<const Word*>(from);
+  Pair<Value> pair;
+  memcpy(&pair, &word, sizeof pair);
+  return pair;
+}
+
 // The contract's options for one head of one sequence.
 template <class T, Rows kRows = Rows::kQueries>
 class ScoreMods {
  public:
-  FASTATTN_DEVICE ScoreMods(const AttnFwdParams& p, const Sequence& s, const Window& window,
-                            int head)
+  FASTATTN_DEVICE ScoreMods(const ScoreParams& p, const Sequence& s, const Window& window, int head)
       : p_(p),
         batch_(static_cast<uint32_t>(s.batch)),
         head_(head),
         rows_(static_cast<int>(kRows == Rows::kQueries ? s.seqlen_q : s.seqlen_k)),
         columns_(static_cast<int>(kRows == Rows::kQueries ? s.seqlen_k : s.seqlen_q)),
-        diagonal_(static_cast<int>(window.diagonal)) {}
+        diagonal_(static_cast<int>(window.diagonal)),
+        threshold_(static_cast<uint32_t>(lesser(p.dropout_threshold, 0xffffffff))) {}
 
   // Raw products become scores in natural units.
   template <int kM, int kN>
@@ -177,10 +196,8 @@ class ScoreMods {
       });
     }
     if (p_.mask) {
-      const ScoreStrides stride = oriented(p_.mask_stride);
-      const uint8_t* mask = p_.mask + offset(stride, at);
-      for_each_there(scores, at, [&](float& s, int row, int column) {
-        if (!mask[row * stride.row + column * stride.col]) s = -INFINITY;
+      for_each_value(p_.mask, p_.mask_stride, scores, at, [](float& s, uint8_t attend) {
+        if (!attend) s = -INFINITY;
       });
     }
   }
@@ -194,7 +211,7 @@ class ScoreMods {
     philox(words, static_cast<uint64_t>(*p_.seed));
     const uint32_t low = at.column & 1 ? words[1] : words[0];
     const uint32_t high = at.column & 1 ? words[3] : words[2];
-    return (at.column & 2 ? high : low) >= p_.dropout_threshold;
+    return (at.column & 2 ? high : low) >= threshold_;
   }
 
   // Which of this thread's elements of a 16 × 8 tile dropout keeps, by a whole warp. Lanes that
@@ -213,23 +230,25 @@ class ScoreMods {
       philox(words, static_cast<uint64_t>(*mods.p_.seed));
 #pragma unroll
       for (uint32_t& word : words) {
-        word = __ballot_sync(0xffffffffu, word >= mods.p_.dropout_threshold);
+        word = __ballot_sync(0xffffffffu, word >= mods.threshold_);
       }
       if (kQueries) {  // keys 2·mine and 2·mine + 1 of the counters of this lane and the other
-        lanes_[0] = (mine ? words[2] : words[0]) >> (lane & 30);
-        lanes_[1] = (mine ? words[3] : words[1]) >> (lane & 30);
+        kept_[0] = mine ? words[2] : words[0];
+        kept_[1] = mine ? words[3] : words[1];
+        first_ = 1u << (lane & 30);
       } else {  // key `mine` of all four
         const uint32_t low = mine & 1 ? words[1] : words[0], high = mine & 1 ? words[3] : words[2];
-        lanes_[0] = (mine & 2 ? high : low) >> (lane & 19);
-        lanes_[1] = lanes_[0] >> 4;
+        kept_[0] = kept_[1] = mine & 2 ? high : low;
+        first_ = 1u << (lane & 19);
       }
     }
     FASTATTN_DEVICE bool operator()(int half, int e) const {
-      return lanes_[e] >> (kRows == Rows::kQueries ? half : 8 * half) & 1;
+      return (kept_[e] & first_ << (kRows == Rows::kQueries ? half : 8 * half + 4 * e)) != 0;
     }
 
    private:
-    uint32_t lanes_[2];  // of e; which of them keep it
+    uint32_t kept_[2];  // of e: a bit for each lane that made words
+    uint32_t first_;    // the bit of this lane's first element
   };
 
   // Weights that are dropped become 0; those kept are scaled with the output.
@@ -248,14 +267,27 @@ class ScoreMods {
     }
   }
 
-  // Calls body(element, row, column) for those that are there, counted from `at`.
+  // Calls body(element, row, column) for those that are there, counted from `at`: column by column,
+  // since what is computed for one takes registers.
   template <int kM, int kN, class Body>
   FASTATTN_DEVICE void for_each_there(float (&scores)[kM][kN][4], Position at,
                                       const Body& body) const {
-    for_each_element(scores, [&](float& s, int m, int n, int half, int e) {
-      const int row = 16 * m + 8 * half, column = 8 * n + e;
-      if (at.row + row < rows_ && at.column + column < columns_) body(s, row, column);
-    });
+#pragma unroll
+    for (int n = 0; n < kN; n++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+#pragma unroll
+        for (int m = 0; m < kM; m++) {
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const int row = 16 * m + 8 * half, column = 8 * n + e;
+            if (at.row + row < rows_ && at.column + column < columns_) {
+              body(scores[m][n][2 * half + e], row, column);
+            }
+          }
+        }
+      }
+    }
   }
 
   // Strides along a fragment's rows and columns.
@@ -266,21 +298,72 @@ class ScoreMods {
  private:
   template <class Bias, int kM, int kN>
   FASTATTN_DEVICE void add_bias(const Bias* bias, float (&scores)[kM][kN][4], Position at) const {
-    const ScoreStrides stride = oriented(p_.bias_stride);
-    bias += offset(stride, at);
-    for_each_there(scores, at, [&](float& s, int row, int column) {
-      s += to_float(bias[row * stride.row + column * stride.col]);
-    });
+    for_each_value(bias, p_.bias_stride, scores, at, [](float& s, Bias x) { s += to_float(x); });
   }
 
-  FASTATTN_DEVICE int64_t offset(const ScoreStrides& stride, Position at) const {
-    return batch_ * stride.batch + head_ * stride.head + at.row * stride.row +
-           at.column * stride.col;
+  // Calls body(score, value) for scores, each with its value in a tensor of their shape; what is
+  // not there gets its neighbour's, and is hidden or not stored later. Keys that lie side by side
+  // are loaded in pairs.
+  template <class Value, int kM, int kN, class Body>
+  FASTATTN_DEVICE void for_each_value(const Value* tensor, const ScoreStrides& strides,
+                                      float (&scores)[kM][kN][4], Position at,
+                                      const Body& body) const {
+    const ScoreStrides stride = oriented(strides);
+    const Value* from = tensor + batch_ * stride.batch + head_ * stride.head;
+    const Value* rows[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; m++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        rows[m][half] = from + min(at.row + 16 * m + 8 * half, rows_ - 1) * stride.row;
+      }
+    }
+    bool pairs = kRows == Rows::kQueries && stride.col == 1 && at.column + 8 * kN - 7 < columns_;
+#pragma unroll
+    for (int m = 0; m < kM; m++) {
+      pairs = pairs && is_aligned_pair(rows[m][0] + at.column) &&
+              is_aligned_pair(rows[m][1] + at.column);
+    }
+    // In parts, between which loads don't move: their values take registers.
+    constexpr int kPart = 2;
+#pragma unroll
+    for (int first = 0; first < kN; first += kPart) {
+      if (pairs) {
+#pragma unroll
+        for (int n = first; n < kN && n < first + kPart; n++) {
+#pragma unroll
+          for (int m = 0; m < kM; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+              const Pair<Value> pair = load_pair(rows[m][half] + at.column + 8 * n);
+              body(scores[m][n][2 * half], pair.first);
+              body(scores[m][n][2 * half + 1], pair.second);
+            }
+          }
+        }
+      } else {
+#pragma unroll
+        for (int n = first; n < kN && n < first + kPart; n++) {
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int64_t column = min(at.column + 8 * n + e, columns_ - 1) * stride.col;
+#pragma unroll
+            for (int m = 0; m < kM; m++) {
+#pragma unroll
+              for (int half = 0; half < 2; half++) {
+                body(scores[m][n][2 * half + e], rows[m][half][column]);
+              }
+            }
+          }
+        }
+      }
+    }
   }
 
-  const AttnFwdParams& p_;
+  const ScoreParams& p_;
   const uint32_t batch_;
   const int head_, rows_, columns_, diagonal_;
+  const uint32_t threshold_;  // of 2³², p = 1, too: what is kept then is multiplied by 0
 };
 
 }  // namespace fastattn::cuda

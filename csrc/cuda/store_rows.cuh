@@ -27,16 +27,19 @@ FASTATTN_DEVICE void store_out(const float (&out)[kM][kD][4], const Tile& sO, in
   }
   __syncwarp();
   constexpr int kLanes = Tile::kGroup;  // of a row
-  for (int r = row + lane / kLanes; r < row + 16 * kM && r < count; r += 32 / kLanes) {
-    for (int c = lane % kLanes; c * kChunk < cols; c += kLanes) {
-      const uint4 words = *reinterpret_cast<const uint4*>(sO.chunk(r, c));
-      T* to = rows + r * stride + c * kChunk;
-      if (aligned) {
-        *reinterpret_cast<uint4*>(to) = words;
-      } else {
-        scatter_chunk(to, words, cols - c * kChunk);
+  const auto for_each_chunk = [&](const auto& store) {
+    for (int r = row + lane / kLanes; r < row + 16 * kM && r < count; r += 32 / kLanes) {
+      for (int c = lane % kLanes; c * kChunk < cols; c += kLanes) {
+        store(rows + r * stride + c * kChunk, *reinterpret_cast<const uint4*>(sO.chunk(r, c)), c);
       }
     }
+  };
+  // A loop each: in one, the compiler splits both stores into words.
+  if (aligned) {
+    for_each_chunk([](T* to, const uint4& words, int) { *reinterpret_cast<uint4*>(to) = words; });
+  } else {
+    for_each_chunk(
+        [&](T* to, const uint4& words, int c) { scatter_chunk(to, words, cols - c * kChunk); });
   }
 }
 

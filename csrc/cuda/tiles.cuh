@@ -52,7 +52,7 @@ constexpr FwdTile kFwdTilesSm75[] = {
     {96, 128, 64, 8, 8, false, false},   // 48 KB, 182 and 232
     {128, 128, 32, 8, 8, false, false},  // 48 KB, 167 and 192: with 64 keys, rich would spill
     {192, 64, 16, 4, 4, false, false},   // 36 KB, 220 and 222
-    {256, 64, 16, 4, 4, false, false},   // 48 KB, 255 and 255: they spill 120 and 224 bytes
+    {256, 64, 16, 4, 4, false, false},   // 48 KB, 255 and 255: they spill 120 and 128 bytes
 };
 // clang-format on
 

@@ -33,7 +33,16 @@ struct FwdTileSm90 {
 // A consumer's thread holds head_dim / 2 sums, block_n / 2 scores and block_n / 4 packed weights,
 // since Q·K(n)ᵀ is computed beside P·V(n + 1): of 240 registers with two consumers, 160 with three.
 // Rich scores need some for themselves. The tiles of plain scores are those of FlashAttention-3
-// where they fit; all are unmeasured here.
+// where they fit; all are unmeasured here. What one option alone has a consumer issue for a block,
+// against the cycles that its products take, as tests/pipe_cycles.py counts them:
+//
+//   pass, D       keys  products  plain  ALiBi  bias  mask  dropout
+//   forward 64     128       512    459    610   754   815     1504
+//   forward 128    112       896    519    615   747   799     1403
+//   backward 128   128      1280    734    856  1431  1112     1337
+//
+// (Plain scores have 128 keys in the forward, and the bias its gradient in the backward.) Philox is
+// what dropout takes: 20 products and 20 three-way xors for four keys.
 // clang-format off
 constexpr FwdTileSm90 kFwdTilesSm90[] = {
     {64, 3, 128},   // 24 + 64 KB; 32 + 64 + 32 registers leave a third consumer room
