@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -107,6 +108,8 @@ def run(argv: list[str]) -> int:
     if args.budget is None and args.quick:
         args.budget = QUICK_BUDGET
     if kind == "cuda" and not args.supervised:
+        if importlib.util.find_spec("fastattn.kernels") is None:
+            print("not installed, so without Triton's kernels: `make gpu PART=bench` has them")
         return under_supervision(argv, out, args.budget)
     plan = Plan(
         device=device,
