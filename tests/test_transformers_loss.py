@@ -97,13 +97,14 @@ def test_z_loss_and_positional_labels():
     torch.testing.assert_close(model(*by_position).loss, want)
 
 
-def test_experts_keep_their_own_loss():
-    model, inputs = make("gpt_oss"), batch()
-    want = model(**inputs, output_router_logits=True)
-    patch_loss(model, logits=False)
-    got = model(**inputs, output_router_logits=True)
-    torch.testing.assert_close(got.loss, want.loss)
-    assert float(got.aux_loss) == float(want.aux_loss) != 0
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe"])
+def test_experts_keep_their_own_loss(name):
+    model, inputs = make(name), {**batch(), "output_router_logits": True}
+    plain, want = trained(model, **inputs)
+    patch_loss(model)
+    output, got = trained(model, **inputs)
+    assert_same(got, want)
+    assert output.logits is None and float(output.aux_loss) == float(plain.aux_loss) != 0
 
 
 def test_copies_are_patched_on_their_own():
