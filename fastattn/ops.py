@@ -33,6 +33,7 @@ _DECODE = (
     " Tensor? cache_leftpad, Tensor? alibi_slopes, Tensor? sinks, bool rotary_interleaved,"
     " SymInt window_left, SymInt window_right, float scale, float softcap, int num_splits"
 )
+_DECODE_READ = _DECODE.replace("(a!)", "").replace("(b!)", "")
 _CE_OPTIONS = (
     "Tensor target, Tensor? weight, int ignore_index,"
     " float label_smoothing, float z_loss, float softcap"
@@ -150,9 +151,7 @@ _define(
 # and torch's mixes up those of one storage, when the graph also writes to them itself.
 _define(
     "attn_decode_read",
-    f"({_DECODE}, str? backend) -> (Tensor out, Tensor lse)".replace("(a!)", "").replace(
-        "(b!)", ""
-    ),
+    f"({_DECODE_READ}, str? backend) -> (Tensor out, Tensor lse)",
     _attn_decode,
     _attn_decode_fake,
 )

@@ -104,11 +104,12 @@ def attention_mask(
             config=config,
             **others,
         )
-        if queries == 1 and known and known.segments is None and mask is not None:
-            window = _narrowed((known.left, 0), kv_length)
-            visible = Visible(kv_length, kv_length if end is None else end, window)
-            mask = _saying(visible, mask, attention_mask, kv_offset, first)
-        return mask
+        if end is None and torch.compiler.is_compiling():
+            end = kv_length
+        if mask is None or queries > 1 or end is None or not known or known.segments is not None:
+            return mask
+        visible = Visible(kv_length, end, _narrowed((known.left, 0), kv_length))
+        return _saying(visible, mask, attention_mask, kv_offset, first)
     assert end is not None
     keys = _real_keys(attention_mask, kv_offset, end)
     if window == (-1, -1):  # complete as it is: models that look into masks can
