@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,3 +171,33 @@ def test_nothing_to_do_is_no_launch(started: Started) -> None:
     for _ in range(2):
         attn_fwd(AttentionProblem(q, k, k))
     assert not started
+
+
+def test_tritons_own_launcher_takes_the_arguments(tmp_path: Path) -> None:
+    """The C code that it compiles for a driver, which here is tests/fake_cuda: of a first launch
+    and of one that is looked up."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("there is no g++")
+    here, triton_folder = Path(__file__).parent, Path(str(launch.triton.__file__)).parent
+    driver = tmp_path / "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(driver)]
+    command += [f"-I{triton_folder}/backends/nvidia/include", str(here / "fake_cuda/libcuda.cpp")]
+    subprocess.run(command, check=True)
+    (tmp_path / "libcuda.so").symlink_to(driver)  # Triton links with it
+    paths = {"TRITON_LIBCUDA_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path)}
+    command = [sys.executable, str(here / "triton_launches.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | paths)
+    assert done.returncode == 0, done.stderr
+    told = dict(part.split("\n", 1) for part in done.stdout.strip().split("\n\n"))
+    assert len(told) == 4
+    for what, launches in told.items():
+        assert launches == told[what.replace("again", "first")]
+    attention, decoding = (told[f"{what}, first"].splitlines() for what in PROBLEMS)
+    assert [line.split(":")[0] for line in attention] == [
+        "attn_fwd_kernel", "attn_bwd_dq_kernel", "attn_bwd_dkv_kernel", "attn_entropy_kernel",
+    ]  # fmt: skip
+    assert attention[0].startswith("attn_fwd_kernel: 256 × 256, ")
+    assert all(line.endswith(", stream 5") for line in (*attention, *decoding))
+
+
+PROBLEMS = ("attention D 80, grouped", "decoding D 128, paged")  # of triton_launches.py
