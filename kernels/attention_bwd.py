@@ -37,6 +37,7 @@ from .launch import Launch, launcher
 from .primitives import (
     LOG2E,
     Place,
+    all_edges,
     at_scores,
     block_at,
     blocks_seen,
@@ -46,6 +47,7 @@ from .primitives import (
     load_lse,
     load_rows,
     place_of,
+    renewed,
     scores_from,
     store_rows,
 )
@@ -79,7 +81,7 @@ def attn_bwd_dq_kernel(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    program, mods = tl.program_id(0), renewed(mods)
     first = (m_blocks - 1 - program % m_blocks) * BLOCK_M
     head, batch = program // m_blocks % heads, program // m_blocks // heads
     place = place_of(lengths, batch, head)
@@ -108,11 +110,14 @@ def attn_bwd_dq_kernel(
         place.seqlen_k, window.left, window.right, BLOCK_N,
     )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    acc = add_dq(
-        acc, blocks, False, q_tile, dout_tile, row_lse, row_delta,
-        at_k, k.seq, at_v, v.seq, dbias, rows, mods, place, window, BIAS_IS_SHARED,
-        HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-    )  # fmt: skip
+    if mods.seed is None:
+        acc = add_dq(
+            acc, blocks, False, q_tile, dout_tile, row_lse, row_delta,
+            at_k, k.seq, at_v, v.seq, dbias, rows, mods, place, window, BIAS_IS_SHARED,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+    else:
+        blocks = all_edges(blocks)
     acc = add_dq(
         acc, blocks, True, q_tile, dout_tile, row_lse, row_delta,
         at_k, k.seq, at_v, v.seq, dbias, rows, mods, place, window, BIAS_IS_SHARED,
@@ -184,7 +189,7 @@ def attn_bwd_dkv_kernel(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    program, mods = tl.program_id(0), renewed(mods)
     first = program % n_blocks * BLOCK_N  # of a causal problem the first keys are seen by the most
     head_k, batch = program // n_blocks % heads_k, program // n_blocks // heads_k
     sequence = place_of(lengths, batch, head_k)
@@ -202,21 +207,19 @@ def attn_bwd_dkv_kernel(
     )  # fmt: skip
     dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_acc = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    for member in tl.range(0, GROUP_SIZE):
-        head = head_k * GROUP_SIZE + member
-        place = Place(
-            batch, head, sequence.first_q, sequence.first_k, sequence.seqlen_q, sequence.seqlen_k
-        )
+    if mods.seed is None:
         dk_acc, dv_acc = add_dkv(
             dk_acc, dv_acc, blocks, False, k_tile, v_tile,
-            q, dout, lse, delta, keys, first, mods, place, window,
+            q, dout, lse, delta, keys, first, mods, sequence, window, GROUP_SIZE,
             HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
-        dk_acc, dv_acc = add_dkv(
-            dk_acc, dv_acc, blocks, True, k_tile, v_tile,
-            q, dout, lse, delta, keys, first, mods, place, window,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
+    else:
+        blocks = all_edges(blocks)
+    dk_acc, dv_acc = add_dkv(
+        dk_acc, dv_acc, blocks, True, k_tile, v_tile,
+        q, dout, lse, delta, keys, first, mods, sequence, window, GROUP_SIZE,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+    )  # fmt: skip
     at_dk = head_at(dk, batch, sequence.first_k, head_k)
     at_dv = head_at(dv, batch, sequence.first_k, head_k)
     store_rows(at_dk, dk.seq, keys, end, dk_acc * scale, HEAD_DIM, BLOCK_D)
@@ -226,16 +229,25 @@ def attn_bwd_dkv_kernel(
 @triton.jit
 def add_dkv(
     dk_acc, dv_acc, blocks, CHECK: tl.constexpr, k_tile, v_tile,
-    q, dout, lse, delta, keys, first_key, mods, place, window,
+    q, dout, lse, delta, keys, first_key, mods, sequence, window, GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(dk_acc + dSᵀ · Q, dv_acc + Pᵀ · dO) of one head's queries at the edges, or of all others."""
-    at_q = head_at(q, place.batch, place.first_q, place.head)
-    at_dout = head_at(dout, place.batch, place.first_q, place.head)
-    at_delta = head_at(delta, place.batch, place.first_q, place.head)
-    for i in tl.range(0, count_of(blocks, window.right, CHECK, BLOCK_M)):
-        first = block_at(blocks, window.right, i, CHECK, BLOCK_M)
+    """(dk_acc + dSᵀ · Q, dv_acc + Pᵀ · dO) of the queries at the edges, or of all others, of every
+    head of the group. One loop: with one inside another ptxas spills on sm_100."""
+    count = count_of(blocks, window.right, CHECK, BLOCK_M)
+    for i in tl.range(0, GROUP_SIZE * count):
+        member, block = 0, i
+        if GROUP_SIZE > 1:
+            member, block = i // count, i % count
+        place = Place(
+            sequence.batch, sequence.head * GROUP_SIZE + member, sequence.first_q,
+            sequence.first_k, sequence.seqlen_q, sequence.seqlen_k,
+        )  # fmt: skip
+        at_q = head_at(q, place.batch, place.first_q, place.head)
+        at_dout = head_at(dout, place.batch, place.first_q, place.head)
+        at_delta = head_at(delta, place.batch, place.first_q, place.head)
+        first = block_at(blocks, window.right, block, CHECK, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
         q_tile = load_rows(at_q, q.seq, rows, place.seqlen_q, HEAD_DIM, BLOCK_D, CHECK)
         dout_tile = load_rows(at_dout, dout.seq, rows, place.seqlen_q, HEAD_DIM_V, BLOCK_DV, CHECK)

@@ -25,7 +25,16 @@ from .arguments import (
 )
 from .configs import Tile, cdiv
 from .launch import Launch, launcher
-from .primitives import LOG2E, blocks_seen, head_at, load_lse, load_rows, place_of, scores_from
+from .primitives import (
+    LOG2E,
+    blocks_seen,
+    head_at,
+    load_lse,
+    load_rows,
+    place_of,
+    renewed,
+    scores_from,
+)
 
 
 @triton.jit
@@ -46,7 +55,7 @@ def attn_entropy_kernel(
     BLOCK_D: tl.constexpr,  # the head dim, filled up with zeros
     PRECISION: tl.constexpr,  # of products of fp32
 ):
-    program = tl.program_id(0)
+    program, mods = tl.program_id(0), renewed(mods)
     first = (m_blocks - 1 - program % m_blocks) * BLOCK_M
     head, batch = program // m_blocks % heads, program // m_blocks // heads
     place = place_of(lengths, batch, head)

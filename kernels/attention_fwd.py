@@ -33,6 +33,7 @@ from .launch import Launch, launcher
 from .primitives import (
     add_key,
     add_sink,
+    all_edges,
     block_at,
     blocks_seen,
     count_of,
@@ -44,6 +45,7 @@ from .primitives import (
     natural_lse,
     online_softmax,
     place_of,
+    renewed,
     scores_from,
     store_rows,
 )
@@ -71,7 +73,7 @@ def attn_fwd_kernel(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of fp32
 ):
-    program = tl.program_id(0)
+    program, mods = tl.program_id(0), renewed(mods)
     first = (m_blocks - 1 - program % m_blocks) * BLOCK_M
     head, batch = program // m_blocks % heads, program // m_blocks // heads
     place = place_of(lengths, batch, head)
@@ -91,11 +93,14 @@ def attn_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, blocks, False,
-        q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
-        HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-    )  # fmt: skip
+    if mods.seed is None:
+        acc, row_max, row_sum = attend(
+            acc, row_max, row_sum, blocks, False,
+            q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+    else:
+        blocks = all_edges(blocks)
     acc, row_max, row_sum = attend(
         acc, row_max, row_sum, blocks, True,
         q_tile, at_k, k.seq, at_v, v.seq, rows, mods, place, window,

@@ -66,6 +66,16 @@ class ScoreMods(NamedTuple):
     keep_scale: Any  # 1 / (1 − dropout_p)
 
 
+@triton.jit
+def renewed(mods):
+    """The same. Triton 3.6.0 knows which strides inside `mods` are 1 when a kernel begins, but not
+    any more behind its first return, except of a tuple that was made in the kernel."""
+    return ScoreMods(
+        mods.unit, mods.scale, mods.softcap, mods.mask, mods.bias, mods.alibi_slopes,
+        mods.alibi_stride, mods.seed, mods.threshold, mods.keep_scale,
+    )  # fmt: skip
+
+
 class Place(NamedTuple):
     """One head of one sequence: where it lies, and how long it is."""
 
@@ -181,6 +191,13 @@ def blocks_seen(first, last, diagonal, seqlen, left, right, BLOCK: tl.constexpr)
     inner_begin = tl.minimum((inner_begin + BLOCK - 1) // BLOCK * BLOCK, end)
     inner_end = tl.maximum(inner_end // BLOCK * BLOCK, inner_begin)
     return Blocks(begin, inner_begin, inner_end, end)
+
+
+@triton.jit
+def all_edges(blocks):
+    """One loop then goes over all of them. Dropout wants that: its random numbers cost far more
+    than the checks, and a second copy of them doubles the time to compile, and spills."""
+    return Blocks(blocks.begin, blocks.begin, blocks.begin, blocks.end)
 
 
 @triton.jit
@@ -302,9 +319,10 @@ def add_key(acc, q_tile, k_row, v_row, row_lse, mods, place, window, rows, key):
 
 @triton.jit
 def is_spoiled(acc, row_lse):
-    """Whether a tile has NaN in a row whose lse is a number: a hidden key's, as 0 · NaN."""
+    """Whether a tile has NaN in a row whose lse is a number: a hidden key's, as 0 · NaN. By one
+    reduction: on one after the other Triton 3.6 and 3.7 fail for sm_100."""
     spoiled = (acc != acc) & (row_lse == row_lse)[:, None]
-    return tl.max(tl.max(spoiled.to(tl.int32), 1), 0) > 0
+    return tl.max(spoiled.to(tl.int32)) > 0
 
 
 @triton.jit
