@@ -79,7 +79,7 @@ def capturing() -> bool:
 def _time(launch: Any) -> float:
     try:
         return milliseconds(launch)
-    except TritonError:  # too much shared memory, too many registers
+    except (TritonError, RuntimeError):  # too much shared memory, or a pass of the compiler failed
         return float("inf")
 
 
