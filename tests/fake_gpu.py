@@ -7,6 +7,8 @@ kernel that they would have run for the first time. `started` does without the c
 from __future__ import annotations
 
 import contextlib
+import resource
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -36,13 +38,20 @@ MODULES = (
     linear_cross_entropy,
 )
 # bytes that a block may have, by compute capability · 10
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 class Compiled(NamedTuple):
     name: str
     cubin: bytes
     shared: int  # bytes
+    seconds: float  # of CPU that its compilation took, ptxas' included
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 class FakeDriver:
@@ -54,6 +63,7 @@ class FakeDriver:
         self.utils = self
         self.compiled: list[Compiled] = []
         self.launches = 0
+        self.since = cpu_seconds()  # the last kernel
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -76,7 +86,8 @@ class FakeDriver:
         }
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        self.compiled.append(Compiled(name, cubin, shared))
+        before, self.since = self.since, cpu_seconds()
+        self.compiled.append(Compiled(name, cubin, shared, self.since - before))
         return name, name, 0, 0, 1024  # module, function, registers, spills, most threads
 
     def unload_module(self, module: Any) -> None:
