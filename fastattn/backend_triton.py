@@ -72,7 +72,7 @@ def refuses(p: Problem, asked: bool) -> str | None:
         return None
     if first.device.type != "cuda":
         return f"the tensors are on {first.device}, not a GPU"
-    return _too_old(first.device) or (None if asked else proof.missing("triton", p))
+    return _unfit(first.device) or (None if asked else proof.missing("triton", p))
 
 
 @functools.cache
@@ -84,7 +84,9 @@ def fingerprint() -> str:
 
 
 @functools.cache
-def _too_old(device: torch.device) -> str | None:
+def _unfit(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "its tiles are for NVIDIA's GPUs, and it has not been tried on AMD's"
     if torch.version.cuda is not None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:

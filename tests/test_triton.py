@@ -72,11 +72,14 @@ def test_a_gpu_must_be_asked_for_and_have_tensor_cores(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for capability, served in (((9, 0), True), ((8, 0), True), ((7, 5), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        backend_triton._too_old.cache_clear()
+        backend_triton._unfit.cache_clear()
         assert "backend='triton' asks for it" in str(backend_triton.refuses(p, asked=False))
         assert (backend_triton.refuses(p, asked=True) is None) == served
     assert "no tensor core products for sm_75" in str(backend_triton.refuses(p, asked=True))
-    backend_triton._too_old.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    backend_triton._unfit.cache_clear()
+    assert "not been tried on AMD's" in str(backend_triton.refuses(p, asked=True))
+    backend_triton._unfit.cache_clear()
 
 
 def test_without_triton_all_else_works(tmp_path: Path) -> None:
