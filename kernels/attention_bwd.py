@@ -37,6 +37,7 @@ from .launch import Launch, launcher
 from .primitives import (
     LOG2E,
     Place,
+    ScoreMods,
     all_edges,
     at_scores,
     block_at,
@@ -47,7 +48,6 @@ from .primitives import (
     load_lse,
     load_rows,
     place_of,
-    renewed,
     scores_from,
     store_rows,
 )
@@ -81,7 +81,11 @@ def attn_bwd_dq_kernel(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program, mods = tl.program_id(0), renewed(mods)
+    program = tl.program_id(0)
+    mods = ScoreMods(
+        mods.unit, mods.scale, mods.softcap, mods.mask, mods.bias, mods.alibi_slopes,
+        mods.alibi_stride, mods.seed, mods.threshold, mods.keep_scale,
+    )  # fmt: skip
     first = (m_blocks - 1 - program % m_blocks) * BLOCK_M
     head, batch = program // m_blocks % heads, program // m_blocks // heads
     place = place_of(lengths, batch, head)
@@ -189,7 +193,11 @@ def attn_bwd_dkv_kernel(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program, mods = tl.program_id(0), renewed(mods)
+    program = tl.program_id(0)
+    mods = ScoreMods(
+        mods.unit, mods.scale, mods.softcap, mods.mask, mods.bias, mods.alibi_slopes,
+        mods.alibi_stride, mods.seed, mods.threshold, mods.keep_scale,
+    )  # fmt: skip
     first = program % n_blocks * BLOCK_N  # of a causal problem the first keys are seen by the most
     head_k, batch = program // n_blocks % heads_k, program // n_blocks // heads_k
     sequence = place_of(lengths, batch, head_k)

@@ -27,12 +27,12 @@ from .configs import Tile, cdiv
 from .launch import Launch, launcher
 from .primitives import (
     LOG2E,
+    ScoreMods,
     blocks_seen,
     head_at,
     load_lse,
     load_rows,
     place_of,
-    renewed,
     scores_from,
 )
 
@@ -55,7 +55,11 @@ def attn_entropy_kernel(
     BLOCK_D: tl.constexpr,  # the head dim, filled up with zeros
     PRECISION: tl.constexpr,  # of products of fp32
 ):
-    program, mods = tl.program_id(0), renewed(mods)
+    program = tl.program_id(0)
+    mods = ScoreMods(
+        mods.unit, mods.scale, mods.softcap, mods.mask, mods.bias, mods.alibi_slopes,
+        mods.alibi_stride, mods.seed, mods.threshold, mods.keep_scale,
+    )  # fmt: skip
     first = (m_blocks - 1 - program % m_blocks) * BLOCK_M
     head, batch = program // m_blocks % heads, program // m_blocks // heads
     place = place_of(lengths, batch, head)

@@ -31,6 +31,7 @@ from .arguments import (
 from .configs import Tile, cdiv
 from .launch import Launch, launcher
 from .primitives import (
+    ScoreMods,
     add_key,
     add_sink,
     all_edges,
@@ -45,7 +46,6 @@ from .primitives import (
     natural_lse,
     online_softmax,
     place_of,
-    renewed,
     scores_from,
     store_rows,
 )
@@ -73,7 +73,11 @@ def attn_fwd_kernel(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of fp32
 ):
-    program, mods = tl.program_id(0), renewed(mods)
+    program = tl.program_id(0)
+    mods = ScoreMods(
+        mods.unit, mods.scale, mods.softcap, mods.mask, mods.bias, mods.alibi_slopes,
+        mods.alibi_stride, mods.seed, mods.threshold, mods.keep_scale,
+    )  # fmt: skip
     first = (m_blocks - 1 - program % m_blocks) * BLOCK_M
     head, batch = program // m_blocks % heads, program // m_blocks // heads
     place = place_of(lengths, batch, head)

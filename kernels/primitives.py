@@ -52,7 +52,11 @@ class Window(NamedTuple):
 
 
 class ScoreMods(NamedTuple):
-    """From the product q · k to a score, and to whether its weight is dropped."""
+    """From the product q · k to a score, and to whether its weight is dropped.
+
+    Kernels begin by making it anew: that of their arguments has a type in which Triton 3.6.0 takes
+    the strides of a mask or a bias that are 1 for None, behind the next branch or loop.
+    """
 
     unit: Any  # of scores
     scale: Any  # of products; None if it is the unit, scale / softcap if there is one
@@ -64,16 +68,6 @@ class ScoreMods(NamedTuple):
     seed: Any  # () int64
     threshold: Any  # a weight is kept if its random word is at least this
     keep_scale: Any  # 1 / (1 − dropout_p)
-
-
-@triton.jit
-def renewed(mods):
-    """The same. Triton 3.6.0 knows which strides inside `mods` are 1 when a kernel begins, but not
-    any more behind its first return, except of a tuple that was made in the kernel."""
-    return ScoreMods(
-        mods.unit, mods.scale, mods.softcap, mods.mask, mods.bias, mods.alibi_slopes,
-        mods.alibi_stride, mods.seed, mods.threshold, mods.keep_scale,
-    )  # fmt: skip
 
 
 class Place(NamedTuple):

@@ -31,7 +31,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(backend_cuda, "arch", lambda t: 90)
     monkeypatch.setattr(backend_cuda, "_no_image", lambda arch: None)
     monkeypatch.setattr(backend_triton, "interpreted", lambda: False)
-    monkeypatch.setattr(backend_triton, "_too_old", lambda device: None)
+    monkeypatch.setattr(backend_triton, "_unfit", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
