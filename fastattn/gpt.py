@@ -41,6 +41,8 @@ from .modules import (
 )
 
 PositionName = Literal["learned", "rope"]
+# A training step holds most memory at its loss: half of what the loss takes by itself.
+LOSS_WORKSPACE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ class GPT(nn.Module):
             targets,
             softcap=self.config.logit_softcap,
             reduction=reduction,
+            workspace_bytes=LOSS_WORKSPACE_BYTES,
             backend=backend,
         )
 
