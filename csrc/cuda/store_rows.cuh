@@ -30,7 +30,8 @@ FASTATTN_DEVICE void store_out(const float (&out)[kM][kD][4], const Tile& sO, in
   const auto for_each_chunk = [&](const auto& store) {
     for (int r = row + lane / kLanes; r < row + 16 * kM && r < count; r += 32 / kLanes) {
       for (int c = lane % kLanes; c * kChunk < cols; c += kLanes) {
-        store(rows + r * stride + c * kChunk, *reinterpret_cast<const uint4*>(sO.chunk(r, c)), c);
+        const uint4 words = *reinterpret_cast<const uint4*>(sO.chunk(r, c));
+        store(rows + r * stride + c * kChunk, words, c);
       }
     }
   };
