@@ -30,17 +30,18 @@ FASTATTN_DEVICE void store_out(const float (&out)[kM][kD][4], const Tile& sO, in
   const auto for_each_chunk = [&](const auto& store) {
     for (int r = row + lane / kLanes; r < row + 16 * kM && r < count; r += 32 / kLanes) {
       for (int c = lane % kLanes; c * kChunk < cols; c += kLanes) {
-        const uint4 words = *reinterpret_cast<const uint4*>(sO.chunk(r, c));
-        store(rows + r * stride + c * kChunk, words, c);
+        store(rows + r * stride + c * kChunk, *reinterpret_cast<const uint4*>(sO.chunk(r, c)), c);
       }
     }
   };
-  // A loop each: in one, the compiler splits both stores into words.
+  // A loop each, and a copy of the chunk in the second alone: else the compiler stores words.
   if (aligned) {
-    for_each_chunk([](T* to, const uint4& words, int) { *reinterpret_cast<uint4*>(to) = words; });
+    for_each_chunk([](T* to, const uint4& chunk, int) { *reinterpret_cast<uint4*>(to) = chunk; });
   } else {
-    for_each_chunk(
-        [&](T* to, const uint4& words, int c) { scatter_chunk(to, words, cols - c * kChunk); });
+    for_each_chunk([&](T* to, const uint4& chunk, int c) {
+      const uint4 words = chunk;  // read at once: by elements, lanes would meet in banks
+      scatter_chunk(to, words, cols - c * kChunk);
+    });
   }
 }
 
