@@ -65,7 +65,7 @@ EMULATED int anew(unsigned x) { return static_cast<int>(x); }
 // --- arithmetic ----------------------------------------------------------------------------------
 
 // Operands and results below 2^-126 are flushed to zero, as .ftz has it.
-EMULATED float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 EMULATED float ex2(float x) { return emulator::approximated(x < -126.0f ? 0.0f : exp2f(x), 2); }
 EMULATED float lg2(float x) { return emulator::approximated(log2f(flushed(x)), 1); }
 EMULATED float rcp(float x) { return flushed(emulator::approximated(1.0f / flushed(x), 1)); }
