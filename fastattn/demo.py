@@ -26,7 +26,7 @@ def demo(out: Path, minutes: float) -> None:
 
     config = dataclasses.replace(PRESETS["demo"], out=out, max_minutes=minutes)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
+    if device.type == "cuda" and not proof.all_proved("cuda", device):
         heading("Proving the kernels on this GPU")
         proof.prove(device, ["cuda"])  # Triton would compile for longer than the training takes
 

@@ -17,7 +17,7 @@ def fastest(device: torch.device) -> Precision:
 
     On a GPU what its tensor cores take: bf16 from sm_80 on, fp16 on sm_70 and sm_75. On a CPU bf16
     where products of it run at twice the rate of fp32's, as on AMD's with AVX512-BF16 (a step of
-    the demo's model takes 50 ms for 80); elsewhere they take as long as fp32's or longer. Matrix
+    the demo's model took 60 ms for 89); elsewhere they take as long as fp32's or longer. Matrix
     tiles (AMX) may be an exception: that was not measured.
     """
     if device.type == "cuda":

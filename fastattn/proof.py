@@ -62,6 +62,12 @@ def proved(backend: str, device: torch.device) -> frozenset[str]:
     return frozenset(known.get("kinds", ()))
 
 
+def all_proved(backend: str, device: torch.device) -> bool:
+    """Whether `backend` is there and has passed every kind of problem on the device."""
+    usable = backends.row(backend).unusable() is None
+    return usable and proved(backend, device) == set(KIND_OF.values())
+
+
 def keep(backend: str, device: torch.device, kinds: Sequence[str]) -> None:
     """Note that the kernels passed these kinds and no others. Raises OSError if that can't be."""
     known = files.read_cache(file())

@@ -105,6 +105,7 @@ def test_proving_goes_on_to_the_first_that_passes_all(gpu, monkeypatch, capsys):
     assert proof.main([]) == 0
     assert proof.proved("cuda", GPU) == set(proof.KIND_OF.values()) - {"decode"}
     assert proof.proved("triton", GPU) == set(proof.KIND_OF.values())
+    assert proof.all_proved("triton", GPU) and not proof.all_proved("cuda", GPU)
     printed = capsys.readouterr().out
     assert printed.startswith("NVIDIA H100, sm_90\n")
     assert "triton's kernels are now chosen" in printed
