@@ -215,12 +215,20 @@ def _candidates(run_dir: Path) -> list[Path]:
 
 
 def latest(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint in `run_dir`, or None. Damaged ones bring a warning."""
+    """The newest whole checkpoint in `run_dir`, or None if there is no checkpoint at all.
+
+    Damaged ones bring a warning; ValueError if all are.
+    """
+    damaged: list[str] = []
     for path in _candidates(Path(run_dir)):
         problem = problem_with(path)
         if problem is None:
+            for text in damaged:
+                warnings.warn(f"skipping damaged checkpoint {text}", stacklevel=2)
             return path
-        warnings.warn(f"skipping damaged checkpoint {path}: {problem}", stacklevel=2)
+        damaged.append(f"{path}: {problem}")
+    if damaged:
+        raise ValueError("no checkpoint is whole: " + "; ".join(damaged))
     return None
 
 

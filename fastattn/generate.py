@@ -214,11 +214,11 @@ class _Sampler:
         device: torch.device,
     ) -> None:
         if temperature < 0:
-            raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
@@ -246,11 +246,11 @@ class _Sampler:
 
 def _new_tokens(prompt: int, max_new_tokens: int | None, max_length: int | None) -> int:
     if (max_new_tokens is None) == (max_length is None):
-        raise ValueError("generate: give one of max_new_tokens and max_length")
+        raise ValueError("give one of max_new_tokens and max_length")
     steps = max_new_tokens if max_length is None else max_length - prompt
     assert steps is not None
     if steps < 0:
-        raise ValueError(f"generate: {steps} new tokens asked for, after a prompt of {prompt}")
+        raise ValueError(f"{steps} new tokens asked for, after a prompt of {prompt}")
     return steps
 
 
@@ -262,12 +262,12 @@ def _prompt_lengths(idx: Tensor, attention_mask: Tensor | None) -> list[int]:
         mask = attention_mask.bool()
     else:
         raise ValueError(
-            f"generate: attention_mask must have idx's shape {tuple(idx.shape)}, "
+            f"attention_mask must have idx's shape {tuple(idx.shape)}, "
             f"got {tuple(attention_mask.shape)}"
         )
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        raise ValueError("generate: attention_mask must pad on the left: 0s, then 1s, in each row")
+        raise ValueError("attention_mask must pad on the left: 0s, then 1s, in each row")
     lengths = mask.sum(dim=1).tolist()
     if min(lengths, default=1) < 1:
-        raise ValueError("generate: every prompt must have at least one token")
+        raise ValueError("every prompt must have at least one token")
     return lengths

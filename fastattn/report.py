@@ -113,6 +113,7 @@ def describe(t: Trainer, peak: Peak | None) -> str:
     fall = f"linearly over the last {c.decay:.0%}" if c.schedule == "wsd" else "along a cosine"
     limit = f", no more than fit in {c.max_minutes:g} minutes" if c.max_minutes else ""
     epochs = c.steps * t.tokens_per_step / len(t.train_data)
+    no_peak = "n/a: this GPU's peak is not in our table, or this CPU was too busy to measure its"
     rows = (
         ("model", f"{size} parameters: {m.n_layer} layers of width {m.n_embd}, {heads}"),
         ("", ", ".join(traits)),
@@ -126,7 +127,7 @@ def describe(t: Trainer, peak: Peak | None) -> str:
         ("precision", precision.note(t.precision, t.device)),
         *(("" if i else "backend", line) for i, line in enumerate(attention_choice(t))),
         ("FLOPs", f"{flops} a token = 6 N + 12·L·C·T, N = {size_in_products}, T = {c.T}"),
-        ("MFU", f"FLOPs a second over {si(peak.flops)}: {peak.source}" if peak else "n/a: no peak"),
+        ("MFU", f"FLOPs a second over {si(peak.flops)}: {peak.source}" if peak else no_peak),
         ("run", str(c.out)),
     )
     return "\n".join(f"{label:<11}{text}" for label, text in rows)

@@ -24,13 +24,14 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> Batch:
     return torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
 
 
-def _check_length(num_tokens: int, seq_len: int) -> None:
+def check_length(num_tokens: int, seq_len: int, where: str = "the split") -> None:
+    """ValueError unless at least one window fits."""
     if seq_len < 1:
         raise ValueError(f"seq_len must be at least 1, got {seq_len}")
     if num_tokens < seq_len + 1:
         raise ValueError(
-            f"{num_tokens} tokens are too few for one window of seq_len + 1 = {seq_len + 1}: "
-            "use more text or a shorter seq_len"
+            f"{where} has {num_tokens} tokens, too few for one window of seq_len + 1 = "
+            f"{seq_len + 1}: use more text or a shorter seq_len"
         )
 
 
@@ -58,7 +59,7 @@ class WindowSampler:
         rank: int = 0,
         world_size: int = 1,
     ):
-        _check_length(len(tokens), seq_len)
+        check_length(len(tokens), seq_len)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
@@ -124,7 +125,7 @@ def eval_batches(
 
     With max_windows, that many of them, evenly spread. The last batch may be smaller.
     """
-    _check_length(len(tokens), seq_len)
+    check_length(len(tokens), seq_len)
     count = (len(tokens) - 1) // seq_len
     chosen = np.arange(count)
     if max_windows is not None and max_windows < count:

@@ -34,14 +34,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checkpoint, optim, report
+from . import backends, checkpoint, optim, report
 from .config import TrainConfig, merge, to_dict
 from .data import TokenDataset
 from .files import read_json, write_json
 from .flops import device_peak
 from .gpt import GPT, GPTConfig
 from .precision import DTYPES, Precision, autocast, fastest, gradient_scaler
-from .sampler import Batch, WindowSampler, eval_batches
+from .sampler import Batch, WindowSampler, check_length, eval_batches
 from .tokenizer import BPETokenizer, Tokenizer
 
 CONFIG = "config.json"
@@ -149,7 +149,7 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Go back to the newest checkpoint in `folder`, or stay at step 0 if there is none yet.
 
-        Raises ValueError if it is of another model, optimizer or dataset.
+        Raises ValueError if it is of another model, optimizer or dataset, or if all are damaged.
         """
         newest = checkpoint.latest(folder)
         if newest is None:
@@ -193,11 +193,21 @@ def count_valid(targets: Tensor) -> int:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """`config` with what the machine and the dataset decide filled in: every "auto" and None."""
-    data = TokenDataset(config.data)
+    """`config` with what the machine and the dataset decide filled in: every "auto" and None.
+
+    Raises ValueError or FileNotFoundError for a dataset, device or backend that can't be used.
+    """
+    data, val_data = (TokenDataset(config.data, split) for split in ("train", "val"))
+    for split in (data, val_data):
+        check_length(len(split), config.T, str(split.path))
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} can't be used: torch {torch.__version__} finds no GPU")
+    name = backends.requested(config.backend)
+    if name is not None and (reason := backends.row(name).unusable()) is not None:
+        raise ValueError(f"backend {name} can't be used here: {reason}")
     precision = config.precision
     if precision == "auto":
         precision = fastest(torch.device(device))
@@ -281,7 +291,9 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
     """
     begin = time.perf_counter()
     if not resume:
-        clear_folder(config.out, overwrite)
+        check_folder(config.out, overwrite)
+        config = resolve(config)  # what can't be run is told before a run is removed
+        clear_folder(config.out)
         if config.max_minutes is not None:
             config = fit_steps(config, 60 * config.max_minutes)
     t = Trainer(config)
@@ -328,19 +340,22 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def clear_folder(folder: Path, overwrite: bool) -> None:
-    """An empty run folder: a run that is there is only removed if `overwrite`."""
-    if (folder / CONFIG).exists() or (folder / CHECKPOINTS).exists():
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder} holds a run: go on with it (fastattn train --resume {folder}), choose "
-                "another --out, or replace it with --overwrite"
-            )
-        for name in (CONFIG, report.LOG, report.PLOT):
-            (folder / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, report.TENSORBOARD):
-            shutil.rmtree(folder / name, ignore_errors=True)
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """FileExistsError if there is a run in `folder`, unless it may be replaced."""
+    if not overwrite and ((folder / CONFIG).exists() or (folder / CHECKPOINTS).exists()):
+        raise FileExistsError(
+            f"{folder} holds a run: go on with it (fastattn train --resume {folder}), choose "
+            "another --out, or replace it with --overwrite"
+        )
+
+
+def clear_folder(folder: Path) -> None:
+    """Make the folder if there is none, and remove the run that is in it, but no other files."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, report.LOG, report.PLOT):
+        (folder / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, report.TENSORBOARD):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def read_config(folder: Path) -> TrainConfig:

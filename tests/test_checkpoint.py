@@ -227,6 +227,9 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path: Path, name: st
         assert latest(tmp_path).name == "step-00000001"
     with pytest.raises(ValueError, match="damaged"):
         load(path)
+    damage(tmp_path / "step-00000001" / name)
+    with pytest.raises(ValueError, match=r"no checkpoint is whole: .*00002: .*00001: "):
+        latest(tmp_path)
     # one written anew in its place is whole, and nothing else is left
     save_small(tmp_path, 2)
     assert latest(tmp_path).name == "step-00000002"

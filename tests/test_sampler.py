@@ -154,7 +154,7 @@ def test_eval_batches():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"16 tokens are too few .* 17"):
+    with pytest.raises(ValueError, match=r"16 tokens, too few .* 17"):
         WindowSampler(TOKENS[:16], 16)
     with pytest.raises(ValueError, match="too few"):
         list(eval_batches(TOKENS[:16], 16, 1))

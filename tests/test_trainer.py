@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,6 +205,38 @@ def test_run_is_not_overwritten_unasked(config):
     train(dataclasses.replace(config, steps=2), overwrite=True)
     assert len(events(config.out, "step")) == 2
     assert checkpoint.latest(config.out / "checkpoints").name == "step-00000002"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": Path("nowhere")}, "no dataset in nowhere"),
+        ({"device": "cuda"}, "finds no GPU"),
+        ({"backend": "cuda"}, "backend cuda can't be used here"),
+        ({"backend": "cpuu"}, "no backend"),
+        ({"model": dataclasses.replace(MODERN, block_size=1000)}, r"val\.bin has .* too few"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_what_cannot_be_run_removes_and_leaves_no_run(config, monkeypatch, changes, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("FASTATTN_EMULATE", raising=False)
+    bad = dataclasses.replace(config, tokens_per_step=None, **changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(bad)
+    assert not config.out.exists()
+    (config.out / "checkpoints").mkdir(parents=True)  # another run
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(bad, overwrite=True)
+    assert (config.out / "checkpoints").exists()
+
+
+def test_resume_without_a_whole_checkpoint_does_not_start_anew(config):
+    train(dataclasses.replace(config, steps=2))
+    os.truncate(config.out / "checkpoints" / "step-00000002" / "state.json", 3)
+    for read in (lambda: train(config, resume=True), lambda: load_model(config.out)):
+        with pytest.raises(ValueError, match=r"no checkpoint is whole.*state\.json"):
+            read()
 
 
 # ---- the step ----------------------------------------------------------------------------------
