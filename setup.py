@@ -12,9 +12,12 @@ other settings.
 """
 
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
@@ -70,6 +73,15 @@ def why_no_cuda(torch):
 
 def builder(torch, cpp_extension):
     class BuildExtension(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            compiler = cpp_extension.get_cxx_compiler()
+            if shutil.which(shlex.split(compiler)[0]) is None:
+                sys.exit(
+                    f"setup.py: fastattn needs a C++17 compiler and found no {compiler}: install "
+                    "g++ (Debian, Ubuntu: apt install g++) or set CXX"
+                )
+            super().build_extensions()
+
         def build_extension(self, ext):
             if ext.name != "fastattn._cuda":
                 super().build_extension(ext)
@@ -81,6 +93,11 @@ def builder(torch, cpp_extension):
 
 
 def main():
+    if int(setuptools.__version__.split(".")[0]) < 77:  # no earlier one can read pyproject.toml
+        sys.exit(
+            f"setup.py: setuptools {setuptools.__version__} is too old, fastattn needs 77: "
+            "pip install --upgrade setuptools"
+        )
     try:
         import torch
         from torch.utils import cpp_extension

@@ -23,7 +23,7 @@ LEAST_PRODUCTS = 1 << 22
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """`F.linear`: x (…, K) @ weight (N, K)ᵀ + bias (N,), of any strides, differentiable any often.
+    """`F.linear`: x (…, K) @ weight (N, K)ᵀ + bias (N,), of any strides, twice differentiable.
 
     `backend` "reference", or a GPU's, leaves it to torch, as does what torch does as fast.
     """

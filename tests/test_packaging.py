@@ -65,6 +65,14 @@ print(time.process_time() - start, *(set(sys.modules) - before))
     assert not {"fastattn.gpt", "fastattn.backend_cpu", "fastattn.kernels"} & set(modules)
 
 
+def test_building_without_a_compiler_says_what_to_install(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
+    environment = os.environ | {"CXX": "no-compiler -O2"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "found no no-compiler -O2: install g++" in done.stderr
+
+
 # --- the kernels folder ---------------------------------------------------------------------------
 
 
