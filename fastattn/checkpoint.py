@@ -36,7 +36,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .files import fsync_folder, read_json, sha256_of, write_json
+from .files import (
+    fsync_folder,
+    read_json,
+    safetensors_package,
+    sha256_of,
+    write_json,
+    write_tensors,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -114,8 +121,8 @@ def save(
 
     temporary.mkdir()
     try:
-        _write_tensors(temporary / "model.safetensors", model.state_dict())
-        _write_tensors(temporary / "state.safetensors", tensors)
+        write_tensors(temporary / "model.safetensors", _separate(model.state_dict()))
+        write_tensors(temporary / "state.safetensors", _separate(tensors))
         write_json(temporary / "state.json", packed)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -138,31 +145,16 @@ def save(
     return final
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file and put it on disk."""
-    save_file = _safetensors().save_file
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: contiguous, and none a view of another."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        tied = storage in seen  # the format has no views
-        separate[name] = tensor.clone() if tied else tensor
+        separate[name] = tensor.clone() if storage in seen else tensor  # tied
         seen.add(storage)
-    save_file(separate, path)
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("checkpoints need safetensors: pip install 'fastattn[train]'") from None
-    return safetensors.torch
+    return separate
 
 
 def _versions() -> dict[str, str]:
@@ -275,7 +267,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     problem = problem_with(path, hashes=verify)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
-    load_file = _safetensors().load_file
+    load_file = safetensors_package().torch.load_file
     tree = _unpack(read_json(path / "state.json"), load_file(path / "state.safetensors"))
     return Checkpoint(
         path=path,

@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Bundled name -> sha256 of the unpacked content; data/README.md has their origin and licence.
 BUNDLED_SHA256 = {
@@ -63,6 +66,34 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} is not valid JSON: {error}") from None
+
+
+def safetensors_package() -> Any:
+    """The package safetensors. Raises ImportError that says how to install it."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("weights need safetensors: pip install 'fastattn[train]'") from None
+    return safetensors
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file and put it on disk. OSError where it can't be, as on a full disk."""
+    safetensors = safetensors_package()
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes another file, which only its owner may read
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}") from None
+    path.chmod(mode)
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def cache_folder() -> Path:

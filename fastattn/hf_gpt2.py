@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import read_json, replacing, write_json
+from .files import read_json, replacing, safetensors_package, write_json, write_tensors
 
 OWN_MODEL_TYPE = "fastattn_gpt"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -95,7 +95,7 @@ def read_config(folder: str | os.PathLike[str], dropout: float | None = None) ->
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} in {os.fspath(folder)}")
     stored = read_json(path)
-    model_type = stored.pop("model_type", None)
+    model_type = stored.pop("model_type", None) if isinstance(stored, dict) else None
     if model_type == OWN_MODEL_TYPE:
         return stored if dropout is None else {**stored, "dropout": dropout}
     if model_type != "gpt2":
@@ -173,8 +173,6 @@ def write_weights(
 
     Every file is replaced as a whole; an earlier checkpoint's other files are then removed.
     """
-    from safetensors.torch import save_file
-
     shards: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
     for name, parameter in parameters.items():
@@ -190,7 +188,7 @@ def write_weights(
     for file_name, shard in zip(names, shards, strict=True):
         tensors = {key: _stored_form(key, p).contiguous() for key, p in shard.items()}
         with replacing(Path(folder, file_name)) as file:
-            save_file(tensors, file.name, metadata={"format": "pt"})  # opens the file once more
+            write_tensors(Path(file.name), tensors, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {key: names[i] for i, shard in enumerate(shards) for key in shard}
         total_size = sum(parameter.nbytes for parameter in parameters.values())
@@ -209,12 +207,14 @@ def _stored_form(key: str, parameter: Tensor) -> Tensor:
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The names and tensors of all the folder's weight files, one tensor in memory at a time."""
-    from safetensors import safe_open
-
+    safetensors = safetensors_package()
     for path in _weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                yield key, file.get_tensor(key)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    yield key, file.get_tensor(key)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:

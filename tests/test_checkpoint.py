@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -283,10 +284,17 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "sha256_of", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save_small(tmp_path, 2)
-    monkeypatch.undo()
+    def full_disk_of_safetensors(*args, **kwargs):
+        raise safetensors.SafetensorError("No space left on device")
+
+    for owner, name, fail in (
+        (checkpoint_module, "sha256_of", full_disk),
+        (safetensors.torch, "save_file", full_disk_of_safetensors),
+    ):
+        monkeypatch.setattr(owner, name, fail)
+        with pytest.raises(OSError, match="No space"):
+            save_small(tmp_path, 2)
+        monkeypatch.undo()
     assert names(tmp_path) == ["step-00000001"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -122,6 +123,29 @@ def test_unknown_fields_of_our_own_config_are_refused(tmp_path):
     edit_json(tmp_path / "config.json", n_heads=3)
     with pytest.raises(ValueError, match="did you mean 'n_head'"):
         GPT.from_pretrained(tmp_path)
+
+
+def test_weights_are_on_disk_for_all_who_may_read(tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    GPT(CONFIGS["modern"]).save_pretrained(tmp_path)
+    weights, config = (tmp_path / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_ino in synced
+    assert weights.stat().st_mode == config.stat().st_mode
+
+
+def test_damaged_files_are_named(saved):
+    os.truncate(saved / "model.safetensors", 100)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        GPT.from_pretrained(saved)
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json has model_type None"):
+        GPT.from_pretrained(saved)
 
 
 def test_weights_that_are_absent(saved):
