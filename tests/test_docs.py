@@ -14,7 +14,8 @@ from fastattn import flash_attn
 
 pytest.importorskip("transformers")  # whose integration is documented, too
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS, README = ROOT / "docs", ROOT / "README.md"
 MAKE_API = runpy.run_path(str(DOCS / "make_api.py"))
 
 
@@ -28,13 +29,32 @@ def test_every_public_name_is_on_the_api_page() -> None:
     assert public <= listed
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_the_readmes_tree_has_every_file_and_no_other() -> None:
+    """By name or pattern; a folder that is listed stands for its files."""
+    tree = README.read_text(encoding="utf-8").split("## What is where\n\n```\n")[1].split("```")[0]
+    listed: set[Path] = set()
+    folder = ROOT
+    for line in tree.splitlines():
+        for word in re.findall(r"[\w*/]+(?:\.py|\.md|\.h|\.cpp|/)(?!\w)", line):
+            if word.endswith("/") and line.startswith(word):
+                folder = ROOT / word
+                assert folder.is_dir(), word
+            else:
+                found = set(folder.glob(word.rstrip("/")))
+                assert found, f"{folder.name}/{word}"
+                listed |= found
+    package = {path for path in (ROOT / "fastattn").iterdir() if path.suffix in ("", ".py")}
+    unnamed = {"__init__.py", "__main__.py", "__pycache__"}
+    assert {path.name for path in package - listed} - unnamed == set()
+
+
+@pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
 
 
-# ---- code in the pages of the faces --------------------------------------------------------------
+# ---- code in the README and in the pages of the faces --------------------------------------------
 
 FACES = ("flash_attn", "interpretability", "multihead_attention", "pytorch", "sdpa", "transformers")
 
@@ -49,6 +69,12 @@ class Twice(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.attention(x, x, x, need_weights=False)[0]
         return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_the_readmes_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.DOTALL | re.M)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "chosen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", FACES)
