@@ -1,6 +1,6 @@
 """Attention, dense and packed: the cases, and what is right.
 
-Time is of the forward pass (under no_grad), or of the backward pass alone.
+Time is of the forward pass (under no_grad), of the backward pass alone, or of both in one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Attention(Case):
     head_dim: int
     kv_heads: int = 0  # 0 = heads
     head_dim_v: int = 0  # 0 = head_dim
-    passes: Literal["fwd", "bwd"] = "fwd"
+    passes: Literal["fwd", "bwd", "fwd+bwd"] = "fwd"
     causal: bool = False
     window: int = -1  # keys to the left; causal
     extra: Literal["", "softcap", "mask", "bias", "alibi", "sinks", "dropout"] = ""
@@ -59,7 +59,7 @@ class Attention(Case):
     @property
     def features(self) -> frozenset[str]:
         found = {self.extra} if self.extra else set()
-        found |= {"backward"} if self.passes == "bwd" else set()
+        found |= {"backward"} if self.passes != "fwd" else set()
         found |= {"window"} if self.window >= 0 else set()
         found |= {"grouped heads"} if self.group_size > 1 else set()
         found |= {"another D of v"} if self.head_dim_v else set()
@@ -76,18 +76,16 @@ class Attention(Case):
 
     @property
     def flops(self) -> float:
-        backward = self.passes == "bwd"
         pairs = sum(visible_pairs(n, n, self.span) for n in self.lengths or (self.seqlen,))
-        return attention_flops(
-            self.batch, self.heads, pairs, self.head_dim, self.head_dim_v or None, backward=backward
-        )
+        sizes = self.batch, self.heads, pairs, self.head_dim, self.head_dim_v or None
+        return sum(attention_flops(*sizes, backward=x == "bwd") for x in self.passes.split("+"))
 
     @property
     def moved_bytes(self) -> float:
         """q and out, k and v; the backward pass reads them and dout, and writes dq, dk, dv."""
         dv = self.head_dim_v or self.head_dim
         kv_heads = self.heads // self.group_size
-        passes = 1 if self.passes == "fwd" else 2
+        passes = {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[self.passes]
         numbers = passes * (self.heads + kv_heads) * (self.head_dim + dv)
         return numbers * self.batch * self.seqlen * self.dtype.itemsize
 
@@ -168,7 +166,7 @@ def exact_attention(case: Attention, part: Inputs) -> dict[str, Tensor]:
     options = {"softcap": SOFTCAP if case.extra == "softcap" else 0.0, "window": case.span}
     options |= {"dropout_p": DROPOUT} if case.random else {}
     leaves = {n: part[n].clone().requires_grad_() for n in ("k", "v", "sinks") if n in part}
-    seqlen, backward = part["q"].shape[1], case.passes == "bwd"
+    seqlen, backward = part["q"].shape[1], case.passes != "fwd"
     at_a_time = seqlen if case.random else QUERIES_AT_A_TIME
     blocks: dict[str, list[Tensor]] = {"out": [], "dq": [], "dbias": []}
     for start in range(0, seqlen, at_a_time):

@@ -43,17 +43,23 @@ def attention_call(case: Case, inputs: Inputs, function: Function, layout: str =
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
     dout, graph = theirs(inputs["dout"]), []
 
-    def before() -> None:
+    def forward_pass() -> None:
         graph[:] = [function(**leaves)]
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(graph.pop(), tuple(leaves.values()), dout)
 
+    def both() -> tuple[Tensor, ...]:
+        forward_pass()
+        return backward()
+
     def results(grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
         named = dict(zip((f"d{name}" for name in leaves), grads, strict=True))
         return {n: bshd(g) if n in ("dq", "dk", "dv") else g for n, g in named.items()}
 
-    return Call(backward, results, before)
+    return (
+        Call(both, results) if case.passes == "fwd+bwd" else Call(backward, results, forward_pass)
+    )
 
 
 def ours(backend: str) -> Callable[[Case, Inputs], Call]:

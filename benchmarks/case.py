@@ -10,7 +10,7 @@ import importlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fastattn import backends
 DEVICES = ("cpu", "cuda")
 DEVICES_OF = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}  # of fastattn's backends
 
+Streaming = Literal["", "read", "copied", "rewritten"]  # "rewritten": in place
 Inputs = dict[str, Any]  # by the names of the glossary; the same tensors for every peer
 Results = Mapping[str, Tensor]  # likewise, in fastattn's layouts
 
@@ -78,6 +79,14 @@ class Case:
     def moved_bytes(self) -> float:
         """That must be read from and written to memory at least."""
         return 0.0
+
+    @property
+    def streaming(self) -> Streaming:
+        """How these bytes go, of work that does little else: on CPUs the same is timed beside it.
+
+        What memory gives differs from minute to minute on shared machines, and by size in caches.
+        """
+        return ""
 
     @property
     def tokens(self) -> int | None:

@@ -3,7 +3,7 @@
 Matrix products: torch.mm of each dtype. In fp32 on a CPU also a loop of fused multiply-adds that
 never leaves the registers (fma_probe.cpp), because torch.mm's library may not be written for the
 processor at hand: a kernel may beat it, but not the registers. Memory: the faster of a streaming
-read and a copy (read and written bytes).
+read and a copy (read and written bytes); of work that does little else, on a CPU, `streaming`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from . import CORES
-from .case import Call
+from .case import Call, Case
 from .device import Device
 
 SOURCE = Path(__file__).with_name("fma_probe.cpp")
@@ -74,9 +74,8 @@ class Ceilings:
         flops, moved = result["flops"], result["moved_bytes"]
         if not (flops or moved) or not self.memory:
             return None
-        return max(
-            (flops / self.flops(result["dtype"]), "compute"), (moved / self.memory, "memory")
-        )
+        streamed = result.get("streaming_seconds", moved / self.memory)
+        return max((flops / self.flops(result["dtype"]), "compute"), (streamed, "memory"))
 
     def resume(self, found: dict) -> None:
         """Begin with what an earlier part of the run has measured."""
@@ -85,6 +84,18 @@ class Ceilings:
 
     def document(self) -> dict:
         return {"gemm_flops": self.gemm, "fma_flops": self.fma, "memory_bytes": self.memory}
+
+
+def streaming(case: Case) -> Call:
+    """The plainest thing that moves the case's bytes as it does, by torch's threads."""
+    numbers = torch.ones(int(case.moved_bytes) // torch.float32.itemsize)
+    half = numbers[: numbers.numel() // 2]
+    runs = {
+        "read": lambda: torch.sum(numbers),
+        "copied": lambda: half.copy_(numbers[half.numel() :][: half.numel()]),
+        "rewritten": lambda: half.mul_(1.0),
+    }
+    return Call(runs[case.streaming], lambda _: {})
 
 
 def fma_flops(threads: int) -> float:

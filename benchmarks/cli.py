@@ -102,9 +102,7 @@ def run(argv: list[str]) -> int:
     if args.list:
         return list_all(chosen, asked, device)
     stamp = machine.describe(device.torch_device)
-    out = args.out
-    if out.suffix != ".json":
-        out = out / stamp["kind"] / results.file_name(stamp)
+    out = results.path_of(args.out, stamp)
     if args.budget is None and args.quick:
         args.budget = QUICK_BUDGET
     if kind == "cuda" and not args.supervised:

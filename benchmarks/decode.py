@@ -14,7 +14,7 @@ from torch import Tensor
 import fastattn
 
 from .attention_packages import HALVES
-from .case import Call, Case, Inputs, Peer, our_peers, randn
+from .case import Call, Case, Inputs, Peer, Streaming, our_peers, randn
 
 SUITE = frozenset({"decode"})
 
@@ -48,6 +48,10 @@ class Decode(Case):
     def moved_bytes(self) -> float:
         cache = 2 * self.batch * self.keys * self.kv_heads
         return (cache + 2 * self.batch * self.heads) * self.head_dim * self.dtype.itemsize
+
+    @property
+    def streaming(self) -> Streaming:
+        return "read"  # the output is next to nothing
 
     def inputs(self, device: torch.device) -> Inputs:
         g = self.generator(device)

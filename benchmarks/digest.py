@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from . import results
+from . import plots, results
 from .case import short
-from .results import Document
+from .results import Document, Kinds, is_held
 from .show import cells_of, milliseconds
 from .train_step import FORMULA
 
@@ -47,6 +47,19 @@ def conditions(document: Document) -> str:
         f"{where}, torch {m['torch']}, {m['date'][:10]}, commit {m['commit']}{cut}. Medians of"
         f" interleaved calls; ceilings measured in the same run: {ceilings(document)}"
     )
+
+
+def titles(kinds: Kinds) -> dict[str, str]:
+    """What each kind of machine is, whether it was held back, and whether its kernels are older."""
+    newest = max((files[0][1]["machine"] for files in kinds.values()), key=lambda m: m["date"])
+    found = {}
+    for kind, ((_, document), *_) in kinds.items():
+        m, found[kind] = document["machine"], plots.title(document)
+        if is_held(document):
+            found[kind] += ", torch and fastattn held to it"
+        if m["commit"] != newest["commit"]:
+            found[kind] += f": older kernels, of {m['date'][:10]}"
+    return found
 
 
 def faster_peers(found: list[dict]) -> list[str]:
@@ -161,8 +174,8 @@ def facts(found: list[dict]) -> list[str]:
     return lines
 
 
-def readme_row(result: dict) -> list[str]:
-    """Ours beside the baseline."""
+def readme_row(result: dict, older: str = "") -> list[str]:
+    """Ours beside the baseline; `older` says when it was, if before the others."""
     mine, baseline = results.fastest(result, ours=True), result["baseline"]
     assert mine is not None
     peer = result["peers"][mine]
@@ -170,7 +183,7 @@ def readme_row(result: dict) -> list[str]:
     errors, peaks = ([results.error(p) for p in both], [p.get("peak_bytes") for p in both])
     return [
         result["suite"],
-        result["case"],
+        result["case"] + older,
         short(result["dtype"]),
         milliseconds(results.median(result, mine)),
         milliseconds(results.median(result, baseline)),

@@ -14,15 +14,16 @@ CPU = {
         "are computed again, and dQ is summed over blocks of keys through memory."
     ),
     "decode": (
-        "Bound by reading keys and values once. Prefetching in the order of the memory, one thread "
-        "reads as fast as a sum does, within a tenth (Zen 5); two share what the memory gives. "
-        "Caches are not cleared between calls: where K and V fit in them, more than 100 % is no "
-        "mistake."
+        "Bound by reading keys and values once. The floor is a sum over as many bytes in the same "
+        "rounds: what memory gives changes from minute to minute on shared machines, and caches "
+        "are not cleared between calls."
     ),
     "varlen": "As dense attention; short sequences leave tiles partly empty.",
     "cross-entropy": (
-        "Bound by memory: one read of the logits, and one write of their gradient. Into fresh "
-        "memory the operating system's page faults come on top; in place there are none."
+        "The floor is memory's: a sum over the logits or, with their gradient, a copy of them, in "
+        "place a multiplication, in the same rounds. Arithmetic is as near a limit: an exponential "
+        "a logit, two with the gradient, take nearly as long from the L3 cache (Zen 5, a thread). "
+        "A fresh gradient costs the operating system's page faults on top; the copy has none."
     ),
     "linear-cross-entropy": (
         "Bound by three matrix products: torch.mm's, or our own where torch's are slow (on AMD's "

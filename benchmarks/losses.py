@@ -17,7 +17,7 @@ from torch import Tensor
 import fastattn
 
 from .attention_packages import HALVES
-from .case import Call, Case, Inputs, Peer, our_peers, randn
+from .case import Call, Case, Inputs, Peer, Streaming, our_peers, randn
 
 VOCAB = 50257  # GPT-2's
 ROWS_AT_A_TIME = 256  # of the exact result
@@ -44,6 +44,11 @@ class CrossEntropy(Case):
     def moved_bytes(self) -> float:
         """One read of the logits, and one write of their gradient."""
         return (1 if self.passes == "fwd" else 2) * self.rows * self.vocab * self.dtype.itemsize
+
+    @property
+    def streaming(self) -> Streaming:
+        ways: dict[str, Streaming] = {"fwd": "read", "fwd+bwd": "copied"}
+        return ways.get(self.passes, "rewritten")
 
     def inputs(self, device: torch.device) -> Inputs:
         g = self.generator(device)

@@ -29,7 +29,7 @@ PACKAGES = [
     "transformers",
     "numpy",
 ]
-VARIABLES = ("FASTATTN_", "OMP_", "MKL_", "THP_", "CUDA_", "TORCH_", "PYTORCH_")
+VARIABLES = ("FASTATTN_", "OMP_", "MKL_", "ONEDNN_", "ATEN_", "THP_", "CUDA_", "TORCH_", "PYTORCH_")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -70,8 +70,14 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def kind(stamp: dict[str, Any]) -> str:
-    """The folder of results that may be compared: "nvidia-h200", "amd-epyc-avx512-2-threads"."""
+    """The folder of results that may be compared: "nvidia-h200", "amd-epyc-avx512-2-threads".
+
+    Where torch runs another instruction set than ours (one of the two was held), it says so, too.
+    """
     words = stamp.get("gpu") or f"{stamp['cpu']} {stamp['isa']} {stamp['threads']} threads"
+    if "gpu" not in stamp:
+        theirs = stamp["torch_isa"].lower()  # "avx512", "avx2", "default"
+        words += "" if stamp["isa"].startswith(("none", theirs)) else f" torch {theirs}"
     words = re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*GHz", " ", words, flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 

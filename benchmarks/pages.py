@@ -15,11 +15,10 @@ from pathlib import Path
 
 from . import digest, limits, plots
 from .digest import Table
-from .results import Document
+from .results import Document, Kinds
 from .show import reasons
 from .suites import SUITES
 
-Kinds = dict[str, list[tuple[Path, Document]]]
 LEGEND = """Times are medians in milliseconds. *Floor* is the share reached of the least possible
 time: the larger of FLOPs and bytes over what the same machine was measured to do at best. *Error*
 is the largest against fp64. **×** is the time of a peer over ours: above 1 we are faster."""
@@ -99,24 +98,25 @@ def bullets(lines: Iterable[str]) -> str:
 def performance_page(kinds: Kinds, root: Path) -> str:
     """Pictures are named relative to docs/ of `root`."""
     whole = {kind: sections(kind, files) for kind, files in kinds.items()}
+    titles = digest.titles(kinds)
     out = [
         "# Performance\n",
         "Made by `fastattn bench report` from benchmarks/results;"
         " [benchmarks/](../benchmarks/README.md) has the method.\n" + LEGEND + "\n",
         "## In short\n",
     ]
-    for kind, files in kinds.items():
+    for kind in kinds:
         rows = []
         for section in whole[kind]:
             link = f"[{section.suite}](#{section.anchor})"
             rows.append(digest.suite_row(link, section.results))
-        out.append(f"**{plots.title(files[0][1])}**\n\n{markdown(*digest.SUITE_COLUMNS, rows)}\n")
+        out.append(f"**{titles[kind]}**\n\n{markdown(*digest.SUITE_COLUMNS, rows)}\n")
         if lines := [f"{s.suite}, {line}" for s in whole[kind] for line in s.faster]:
             out.append(f"Where others are faster:\n\n{bullets(lines)}\n")
         else:
             out.append("No peer that was measured here is faster anywhere.\n")
     for kind, files in kinds.items():
-        out.append(f"## {plots.title(files[0][1])}\n")
+        out.append(f"## {titles[kind]}\n")
         out.append(bullets(f"{digest.conditions(document)}." for _, document in files) + "\n")
         out += [markdown_section(section, root) for section in whole[kind]]
     return "\n".join(out)
@@ -170,9 +170,10 @@ def page(kinds: Kinds) -> str:
     )
     out.append(f"<style>{STYLE}</style><h1>fastattn benchmarks</h1><p>{inline(LEGEND)}</p>")
     whole = {kind: sections(kind, files) for kind, files in kinds.items()}
+    titles = digest.titles(kinds)
     for kind, files in kinds.items():
         rows = [digest.suite_row(f"[{s.suite}](#{s.anchor})", s.results) for s in whole[kind]]
-        out.append(f"<h2>{html.escape(plots.title(files[0][1]))}</h2>")
+        out.append(f"<h2>{html.escape(titles[kind])}</h2>")
         where = (f"{digest.conditions(document)}." for _, document in files)
         out.append(html_list(where, "where") + html_table(*digest.SUITE_COLUMNS, rows))
         if lines := [f"{s.suite}, {line}" for s in whole[kind] for line in s.faster]:

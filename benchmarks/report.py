@@ -15,9 +15,9 @@ from pathlib import Path
 from fastattn.files import replacing
 
 from . import plots, results
-from .digest import conditions, readme_row
-from .pages import Kinds, markdown, page, performance_page
-from .results import Document
+from .digest import conditions, faster_peers, readme_row, titles
+from .pages import bullets, markdown, page, performance_page
+from .results import Document, Kinds
 from .suites import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,20 +87,22 @@ def in_readme(text: str, kinds: Kinds) -> str:
 def readme_tables(kinds: Kinds) -> str:
     """A table of the most telling cases (rank 0) a kind of machine: the newest, others folded."""
     parts = []
-    for files in kinds.values():
-        rows, used = [], []
+    for kind, files in kinds.items():
+        shown, used = [], []
         for _, document in files:
             telling = [r for r in document["results"] if r["rank"] == 0 and results.ratio(r)]
-            rows += [(SUITES.index(r["suite"]), readme_row(r)) for r in telling]
             used += [document] if telling else []
-        if not rows:
+            older = f" ({document['machine']['date'][:10]})" if used[1:] else ""
+            shown += [(r, readme_row(r, older)) for r in telling]
+        if not shown:
             continue
-        rows.sort(key=lambda pair: pair[0])
-        table = markdown(README_HEADER, 3, [row for _, row in rows])
+        shown.sort(key=lambda pair: SUITES.index(pair[0]["suite"]))
+        table = markdown(README_HEADER, 3, [row for _, row in shown])
+        if lines := faster_peers([r for r, _ in shown]):
+            table += f"\n\nOthers are faster here:\n\n{bullets(lines)}"
         table += "".join(f"\n\n*{conditions(d)}.*" for d in used)
         if parts:
-            title = plots.title(files[0][1])
-            table = f"<details>\n<summary>{title}</summary>\n\n{table}\n\n</details>"
+            table = f"<details>\n<summary>{titles(kinds)[kind]}</summary>\n\n{table}\n\n</details>"
         else:
             table += readme_picture(files)
         parts.append(table)

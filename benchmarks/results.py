@@ -16,6 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 VERSION = 2
 
 Document = dict[str, Any]
+Kinds = dict[str, list[tuple[Path, Document]]]  # by kind of machine, newest first
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 
@@ -53,6 +54,7 @@ SCHEMA = {
             "flops": NUMBER,
             "moved_bytes": NUMBER,
             "tokens": (int, type(None)),
+            "streaming_seconds?": NUMBER,  # of memory, in the same rounds
             "floor_seconds": OPTIONAL_NUMBER,
             "bound": (str, type(None)),
             "peers": {
@@ -63,6 +65,7 @@ SCHEMA = {
                         "median": NUMBER,
                         "lower": NUMBER,
                         "upper": NUMBER,
+                        "best?": NUMBER,
                         "quiet_rounds": int,
                         "rounds": int,
                     },
@@ -135,9 +138,12 @@ def read_all(folders: Iterable[Path]) -> list[tuple[Path, Document]]:
     return sorted(found, key=lambda pair: pair[1]["machine"]["date"])
 
 
-def by_kind(documents: list[tuple[Path, Document]]) -> dict[str, list[tuple[Path, Document]]]:
-    """For each kind of machine its files, newest first, each without the cases of newer ones."""
-    kinds: dict[str, list[tuple[Path, Document]]] = {}
+def by_kind(documents: list[tuple[Path, Document]]) -> Kinds:
+    """For each kind of machine its files, newest first, each without the cases of newer ones.
+
+    Kinds with the newest file come first, those that were held to an instruction set last.
+    """
+    kinds: Kinds = {}
     seen: set[tuple[str, ...]] = set()
     for path, document in reversed(documents):
         kind = document["machine"]["kind"]
@@ -145,12 +151,19 @@ def by_kind(documents: list[tuple[Path, Document]]) -> dict[str, list[tuple[Path
         seen |= {(kind, *key(r)) for r in left}
         if left:
             kinds.setdefault(kind, []).append((path, document | {"results": left}))
-    return kinds
+    return dict(sorted(kinds.items(), key=lambda pair: is_held(pair[1][0][1])))
 
 
-def file_name(machine: dict[str, Any]) -> str:
-    """2026-11-24-9641fe9.json"""
-    return f"{machine['date'][:10]}-{machine['commit']}.json"
+def is_held(document: Document) -> bool:
+    """Whether the run was made to leave wider instructions of its processor unused."""
+    return "FASTATTN_CPU_ISA" in document["machine"].get("environment", {})
+
+
+def path_of(out: Path, machine: dict[str, Any]) -> Path:
+    """`out` if it is a JSON file, else <kind of machine>/2026-11-24-9641fe9.json in that folder."""
+    if out.suffix == ".json":
+        return out
+    return out / machine["kind"] / f"{machine['date'][:10]}-{machine['commit']}.json"
 
 
 # ---- what a result says ------------------------------------------------------------------------

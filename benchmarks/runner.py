@@ -21,9 +21,9 @@ from torch import Tensor
 
 from . import machine, results, supervise
 from .case import Call, Case, Inputs, Peer
-from .ceilings import Ceilings
+from .ceilings import Ceilings, streaming
 from .device import CallFailedError, Device
-from .timing import MIN_ROUNDS, interleave, timing
+from .timing import MIN_ROUNDS, Timing, interleave, timing
 
 RECENT = 5  # cases of a suite whose durations tell what its next may take
 REMEASURE_SECONDS = 60.0  # between measurements of the ceilings
@@ -31,6 +31,8 @@ QUICK_ROUNDS = 3  # at least, of a quick run
 SEED = 0  # of what is random, for the exact result and for each peer's first
 SLOW = 4.0  # a call longer than this many times the seconds of a case is not repeated
 LOSSES = 2  # of the process, by one peer in one suite: then it is left out of the rest
+
+STREAMING = ""  # among the peers' calls: no peer, but the floor of a case bound by memory
 
 NO_REASON = re.compile("not used because|runtime disabled")  # of SDPA's other kernels
 
@@ -156,7 +158,7 @@ class Run:
         self.note(case)
         if (reason := self.lost(case, "")) is None:
             try:
-                result["peers"] = self.run_peers(case, peers)
+                self.run_peers(case, peers, result)
             except supervise.DeviceLostError:
                 raise
             except Exception as error:  # such as no memory for the exact result
@@ -166,10 +168,11 @@ class Run:
         self.tidy()
         return result
 
-    def run_peers(self, case: Case, peers: list[Peer]) -> dict[str, dict]:
+    def run_peers(self, case: Case, peers: list[Peer], result: dict) -> None:
+        """Fills in what the result says of each peer, and of the memory in the same rounds."""
         if any(peer.compiles for peer in peers):
             torch.compiler.reset()  # or the cases before would count against the recompile limit
-        on, taken, entries = self.plan.device.torch_device, Taken(), {}
+        on, taken, entries = self.plan.device.torch_device, Taken(), result["peers"]
         inputs = case.inputs(on)
         torch.manual_seed(SEED)
         exact = case.exact(inputs)
@@ -180,21 +183,28 @@ class Run:
             else:
                 entries[peer.name] = {"refused": reason}
         self.note(case)
+        for name, t in self.time_all(case, taken, entries).items():
+            if name == STREAMING:
+                result["streaming_seconds"] = t.best
+            else:
+                entries[name]["seconds"] = asdict(t)
+
+    def time_all(self, case: Case, taken: Taken, entries: dict[str, dict]) -> dict[str, Timing]:
+        """Of those that took the case, in turn; who fails now is refused."""
         rounds = QUICK_ROUNDS if self.plan.quick else MIN_ROUNDS
         seconds, cold = self.plan.seconds, case.cold
+        on_cpu = self.plan.device.torch_device.type == "cpu"
+        beside = {STREAMING: streaming(case)} if case.streaming and on_cpu else {}
         while taken:
+            calls = taken | beside
             try:
-                timings = interleave(self.plan.device, taken, seconds, cold=cold, min_rounds=rounds)
+                return interleave(self.plan.device, calls, seconds, cold=cold, min_rounds=rounds)
             except CallFailedError as error:  # where all are held there may be no memory for one
                 reason = f"{reason_of(error)}, when all took turns"
                 entries[error.name] = {"refused": reason}
                 del taken[error.name]
-            else:
-                for name, t in timings.items():
-                    entries[name]["seconds"] = asdict(t)
-                break
             self.tidy()
-        return entries
+        return {}
 
     def note(self, case: Case, peer: Peer | None = None) -> None:
         if self.plan.supervised:

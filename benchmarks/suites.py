@@ -52,6 +52,8 @@ CPU_SHAPES = (
     ((1, 16, 4096, 64), 1, 1, False),
     ((1, 8, 4096, 128), 1, 0, False),
 )
+# Of those, the ones of cpu_table.py, which has forward and backward pass in one.
+TABLE_SHAPES = ((8, 6, 256, 64), (4, 12, 1024, 64), (1, 16, 4096, 64), (1, 8, 4096, 128))
 EXTRAS = ("softcap", "mask", "bias", "alibi", "sinks", "dropout")
 
 
@@ -63,11 +65,15 @@ def cpu_cases() -> Iterator[Case]:
                 suite = {"suite": f"attention-{passes}", "passes": passes}
                 yield Attention(**shape, **suite, rank=full_rank)
                 yield Attention(**shape, **suite, rank=causal_rank, causal=True, quick=quick)
+            for causal in (False, True) if (B, H, S, D) in TABLE_SHAPES else ():
+                both = {"suite": "attention-bwd", "passes": "fwd+bwd", "causal": causal}
+                yield Attention(**shape, **both, rank=3)
         for B, H_q, H_k, keys, rank in (
             (8, 32, 8, 4096, 0),
             (8, 8, 8, 4096, 1),
             (1, 32, 8, 32768, 1),
             (1, 32, 8, 4096, 2),
+            (8, 32, 32, 4096, 3),
         ):
             sizes = {"batch": B, "heads": H_q, "kv_heads": H_k, "keys": keys, "head_dim": 128}
             yield Decode(suite="decode", dtype=dtype, **sizes, rank=rank, quick=rank == 2)

@@ -28,6 +28,7 @@ class Timing:
     median: float
     lower: float  # quartiles
     upper: float
+    best: float
     quiet_rounds: int  # that these are of
     rounds: int
 
@@ -75,4 +76,5 @@ def interleave(
 
 def timing(seconds: list[float], rounds: int) -> Timing:
     t = sorted(seconds)
-    return Timing(statistics.median(t), t[len(t) // 4], t[3 * len(t) // 4], len(t), rounds)
+    quartiles = t[len(t) // 4], t[3 * len(t) // 4]
+    return Timing(statistics.median(t), *quartiles, t[0], len(t), rounds)

@@ -40,6 +40,7 @@ ATTENTION = [
     Attention(suite="attention-fwd", dtype=FP32, **SHAPE | {"batch": 2, "causal": False}),
     Attention(suite="attention-fwd", dtype=BF16, **SHAPE),
     Attention(suite="attention-bwd", dtype=FP32, **SHAPE | {"batch": 2}, kv_heads=2, passes="bwd"),
+    Attention(suite="attention-bwd", dtype=FP32, **SHAPE, passes="fwd+bwd"),
     Attention(suite="features", dtype=FP32, **SHAPE, passes="bwd", window=7, head_dim_v=8),
     *(
         Attention(suite="features", dtype=FP32, **SHAPE, passes="bwd", extra=extra)
@@ -428,6 +429,8 @@ def test_flops_and_bytes():
     assert full.moved_bytes == 4 * 2 * 8 * 3 * 4 * 2
     half = Attention(suite="", dtype=BF16, batch=2, seqlen=8, heads=3, head_dim=4, causal=True)
     assert half.flops == full.flops * 36 / 64
+    both = Attention(suite="", dtype=BF16, batch=2, seqlen=8, heads=3, head_dim=4, passes="fwd+bwd")
+    assert both.flops == 3.5 * full.flops and both.moved_bytes == 3 * full.moved_bytes
     loss = LinearCrossEntropy(suite="", dtype=FP32, rows=5, channels=3, vocab=7)
     assert loss.flops == 6 * 5 * 3 * 7
     assert CrossEntropy(suite="", dtype=BF16, rows=5, vocab=7).moved_bytes == 2 * 5 * 7 * 2

@@ -6,6 +6,7 @@ import torch
 from benchmarks import ceilings
 from benchmarks.ceilings import Ceilings
 from benchmarks.device import Cpu
+from benchmarks.losses import CrossEntropy
 
 BF16 = torch.bfloat16
 
@@ -25,12 +26,25 @@ def test_a_floor_is_the_larger_of_compute_and_memory(made_up):
     assert made_up.floor(both | {"flops": 0}) == (11.0, "memory")
     assert made_up.floor(both | {"flops": 0, "moved_bytes": 0}) is None
     assert Ceilings(Cpu()).floor(both) is None
+    assert made_up.floor(both | {"streaming_seconds": 12.0}) == (12.0, "memory")
+    assert made_up.floor(both | {"streaming_seconds": 9.0}) == (10.0, "compute")
 
 
 def test_fp32_registers_are_a_ceiling_for_all_dtypes(made_up):
     assert made_up.flops("float32") == 200 and made_up.flops("bfloat16") == 300
     made_up.fma = 1000.0
     assert made_up.flops("bfloat16") == 1000
+
+
+@pytest.mark.parametrize("passes", ["fwd", "fwd+bwd", "fwd+bwd in place"])
+def test_as_many_bytes_are_streamed_as_the_case_moves(passes, monkeypatch):
+    case = CrossEntropy(suite="", dtype=BF16, rows=3, vocab=8, passes=passes)
+    sizes = []
+    for name in ("copy_", "mul_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda x, other: sizes.append(2 * x.nbytes))
+    monkeypatch.setattr(torch, "sum", lambda x: sizes.append(x.nbytes))
+    ceilings.streaming(case).run()
+    assert sizes == [case.moved_bytes]
 
 
 def test_measuring_keeps_the_best(monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,8 +53,8 @@ def result(case="S1024", suite="attention-fwd", ours=2e-3, theirs=4e-3, **more):
     } | more
 
 
-def document(*found, kind="amd", date="2026-11-24T00:00:00+00:00", **more):
-    machine = {"kind": kind, "device": "cpu", "date": date, "commit": "abc", "cpu": "A CPU"}
+def document(*found, kind="amd", date="2026-11-24T00:00:00+00:00", commit="abc", **more):
+    machine = {"kind": kind, "device": "cpu", "date": date, "commit": commit, "cpu": "A CPU"}
     machine |= {"threads": 2, "isa": "avx512", "torch": "2.13", "python": "3.11"}
     ceilings = {"gemm_flops": {"float32": 2e11}, "fma_flops": 5e11, "memory_bytes": 3e10}
     whole = {"version": 2, "complete": True, "seconds": 1.0, "options": {}, "machine": machine}
@@ -111,6 +112,20 @@ def test_newer_files_replace_the_cases_they_have():
     assert [r["case"] for r in kinds["amd"][1][1]["results"]] == ["b"]
 
 
+def test_machines_that_were_held_back_and_older_kernels_are_named_so():
+    held = document(result(), kind="held", date="2026-03-01", commit="new")
+    held["machine"] |= {"environment": {"FASTATTN_CPU_ISA": "avx2"}, "isa": "avx2"}
+    new = document(result(), date="2026-02-01", commit="new")
+    old = document(result(), kind="intel", date="2026-01-01", commit="old")
+    kinds = results.by_kind([("old", old), ("new", new), ("held", held)])
+    assert digest.titles(kinds) == {
+        "amd": "A CPU, 2 threads, avx512",
+        "intel": "A CPU, 2 threads, avx512: older kernels, of 2026-01-01",
+        "held": "A CPU, 2 threads, avx2, torch and fastattn held to it",
+    }
+    assert list(kinds) == ["amd", "intel", "held"]
+
+
 # ---- documents -----------------------------------------------------------------------------------
 
 
@@ -129,6 +144,13 @@ def test_the_readme_gets_its_table(tmp_path):
     assert text.startswith("before") and text.endswith("after") and "old" not in text
     assert "| attention-fwd | S1024 | bf16 | 2 | 4 | **2.00** | 50% | 1.0e-03 | 1.0e-03 |" in text
     assert "minor" not in text and "registers 0.5" in text and "memory 30 GB/s" in text
+
+
+def test_the_readme_says_which_rows_are_older_and_where_others_are_faster():
+    new, old = document(result(ours=9e-3)), document(result("S9"), date="2026-01-01")
+    text = report.readme_tables(results.by_kind([(Path("old"), old), (Path("new"), new)]))
+    assert "| S1024 | bf16" in text and "| S9 (2026-01-01) | bf16" in text
+    assert "Others are faster here:\n\n- S1024 bf16: torch SDPA is 2.25× faster\n" in text
 
 
 def test_the_readme_shows_the_newest_machine_and_folds_the_others(tmp_path):

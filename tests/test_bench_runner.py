@@ -103,6 +103,19 @@ def test_each_peer_is_timed_or_told_why_not(tmp_path):
     assert document["complete"] and document["clocks"]
 
 
+class Reads(Double):
+    moved_bytes, streaming = 4000.0, "read"
+
+
+def test_memory_is_timed_beside_what_it_bounds(tmp_path):
+    run = Run(plan(tmp_path, [Reads()], peers=PEERS[:2]))
+    assert run()
+    (result,) = results.read(run.plan.out)["results"]
+    assert set(result["peers"]) == {"fastattn cpu", "torch"}
+    assert result["streaming_seconds"] > 0
+    assert result["floor_seconds"] == max(1e-3, result["streaming_seconds"])
+
+
 def test_compiling_peers_join_the_most_telling_cases(tmp_path):
     run = Run(plan(tmp_path, [Double(number=1, rank=0), Double(number=2, rank=1)]))
     run()
@@ -227,7 +240,11 @@ def test_the_machine_is_stamped():
     stamp = machine.describe(torch.device("cpu"))
     assert stamp["threads"] == torch.get_num_threads() and stamp["torch"] == torch.__version__
     words = {"cpu": "Intel(R) Xeon(R) Processor @ 2.80GHz", "isa": "avx512", "threads": 2}
+    words["torch_isa"] = "AVX512"
     assert machine.kind(words) == "intel-xeon-avx512-2-threads"
+    words["isa"] = "avx2"
+    assert machine.kind(words) == "intel-xeon-avx2-2-threads-torch-avx512"
+    assert machine.kind(words | {"torch_isa": "AVX2"}) == "intel-xeon-avx2-2-threads"
     assert machine.kind({"gpu": "NVIDIA H200"}) == "nvidia-h200"
 
 

@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
             print("ladder: torch finds no CUDA device; --emulate and --compile need none")
             return 1
         stamp = machine.describe(torch.device("cuda"))
-        name = results.file_name(stamp).replace(".json", "-ladder.json")
-        out = a.out / stamp["kind"] / name
+        out = results.path_of(a.out, stamp)
+        out = out.with_name(f"{out.stem}-ladder.json")
         if status := cli.main(["--device", "cuda", "--suite", "ladder", "--out", str(out)]):
             return status
     print("\n".join(table.lines(a.out)))
