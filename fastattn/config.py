@@ -39,7 +39,7 @@ class TrainConfig:
 
     # --- length
     steps: int = 2000  # optimizer steps
-    max_minutes: float | None = None  # lowers `steps` to what fits, by timing some at the start
+    max_minutes: float | None = None  # as many of `steps` as fit, timed under way
 
     # --- optimizer
     optimizer: OptimizerName = "adamw"  # muon: for the blocks' matrices, adamw for the rest

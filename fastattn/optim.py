@@ -261,7 +261,7 @@ def _check_schedule(warmup: int, total: int, floor: float) -> None:
         raise ValueError(f"floor must be in [0, 1], got {floor}")
 
 
-def warmup_cosine(step: int, *, warmup: int, total: int, floor: float = 0.1) -> float:
+def warmup_cosine(step: float, *, warmup: int, total: int, floor: float = 0.1) -> float:
     """Linear from 1/warmup to 1 over `warmup` steps, then half a cosine down to `floor` at `total`.
 
     `step` counts from 0, the step about to be taken. From `total` on it stays at `floor`.
@@ -275,7 +275,7 @@ def warmup_cosine(step: int, *, warmup: int, total: int, floor: float = 0.1) -> 
 
 
 def warmup_stable_decay(
-    step: int, *, warmup: int, total: int, decay: int, floor: float = 0.0
+    step: float, *, warmup: int, total: int, decay: int, floor: float = 0.0
 ) -> float:
     """WSD: linear up over `warmup` steps, then 1, then linear to `floor` over the last `decay`.
 

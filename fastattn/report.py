@@ -7,6 +7,7 @@ log.jsonl has one JSON object a line. "event" says what it is:
     step        step, tokens (so far), loss (nats a token), grad_norm, lr (AdamW's), seconds
     eval        step, val_loss
     sample      step, text
+    pace        with a time limit: step, steps (the whole run's, as they seem to fit)
 
 Floats are written so that reading them gives the same bits.
 """
@@ -112,7 +113,7 @@ def describe(t: Trainer, peak: Peak | None) -> str:
     muon = f"Muon at {c.muon_lr:g} on the blocks' matrices, else " if c.optimizer == "muon" else ""
     fall = f"linearly over the last {c.decay:.0%}" if c.schedule == "wsd" else "along a cosine"
     limit = f", no more than fit in {c.max_minutes:g} minutes" if c.max_minutes else ""
-    epochs = c.steps * t.tokens_per_step / len(t.train_data)
+    epochs = t.pace.steps * t.tokens_per_step / len(t.train_data)
     no_peak = "n/a: this GPU's peak is not in our table, or this CPU was too busy to measure its"
     rows = (
         ("model", f"{size} parameters: {m.n_layer} layers of width {m.n_embd}, {heads}"),
@@ -123,7 +124,7 @@ def describe(t: Trainer, peak: Peak | None) -> str:
         ("", f"= {t.tokens_per_step:,} tokens a step"),
         ("optimizer", f"{muon}AdamW at {c.lr:g}"),
         ("schedule", f"{c.warmup_steps} steps up, then {fall} down to {c.final_lr:g} of the peak"),
-        ("length", f"{c.steps:,} steps = {epochs:.2f} epochs{limit}"),
+        ("length", f"{t.pace.steps:,} steps = {epochs:.2f} epochs{limit}"),
         ("precision", precision.note(t.precision, t.device)),
         *(("" if i else "backend", line) for i, line in enumerate(attention_choice(t))),
         ("FLOPs", f"{flops} a token = 6 N + 12·L·C·T, N = {size_in_products}, T = {c.T}"),
@@ -205,6 +206,12 @@ class Progress:
             self._printed = time.monotonic()
             left = clock((self.total - step) * self._seconds.mean)
             print(f"step {step}/{self.total}  {status}  {left} left", flush=True)
+
+    def resize(self, total: int) -> None:
+        """The run takes so many steps in all."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
 
     def _rates(self) -> str:
         seconds = self._seconds.mean

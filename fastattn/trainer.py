@@ -14,7 +14,7 @@ The run folder:
     tensorboard/      with --tensorboard
 
 A run that is stopped (Ctrl-C) and resumed computes on the CPU, bit for bit, what it would have
-computed without the stop.
+computed without the stop; with --max-minutes, in the number of steps that was decided by then.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from .data import TokenDataset
 from .files import read_json, write_json
 from .flops import device_peak
 from .gpt import GPT, GPTConfig
+from .pace import Pace, TimeLimit
 from .precision import DTYPES, Precision, autocast, fastest, gradient_scaler
 from .sampler import Batch, WindowSampler, check_length, eval_batches
 from .tokenizer import BPETokenizer, Tokenizer
@@ -47,7 +48,6 @@ from .tokenizer import BPETokenizer, Tokenizer
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 IGNORED = -100  # the target that counts for nothing
-TIME_USED = 0.94  # of max_minutes: the rest is for saving, and jitter
 EVAL_BATCH_TOKENS = 8192  # at a time at least: without gradients they take little memory
 
 
@@ -77,6 +77,7 @@ class Trainer:
         self.precision: Precision = c.precision
         self.scaler = gradient_scaler(self.precision, self.device)
         self.step = 0  # steps taken
+        self.pace = Pace(c.steps, c.steps)
 
     @property
     def tokens_per_step(self) -> int:
@@ -109,12 +110,13 @@ class Trainer:
             raise FloatingPointError(f"the loss became {loss} in step {self.step + 1}")
         self.scaler.unscale_(self.optimizer)
         grad_norm = optim.clip_grad_norm(self.model.parameters(), c.clip).item()
-        factor = lr_factor(c, self.step)
+        factor = lr_factor(c, self.pace.position)
         optim.set_lr(self.optimizer, factor)
         self.scaler.step(self.optimizer)  # changes nothing where a gradient overflowed fp16
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
+        self.pace.advance()
         return StepResult(loss, grad_norm, factor * c.lr, time.perf_counter() - begin)
 
     def evaluate(self, windows: int | None) -> float:
@@ -141,6 +143,8 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "data_sha256": self.train_data.sha256,
         }
+        if self.config.max_minutes is not None:
+            state["pace"] = self.pace.state_dict()
         checkpoint.save(
             *(folder, self.step, self.model, self.optimizer, state),
             keep_last=self.config.keep_checkpoints,
@@ -164,6 +168,8 @@ class Trainer:
             self.scaler.load_state_dict(scaler)
         saved.restore(self.model, self.optimizer)  # and torch's generators
         self.step = saved.step
+        untimed = {"steps": self.config.steps, "position": float(self.step)}
+        self.pace = Pace(self.config.steps, **saved.state.get("pace", untimed))
 
     def _to_device(self, batch: Batch) -> Batch:
         return batch[0].to(self.device), batch[1].to(self.device)
@@ -243,8 +249,11 @@ def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.Optimizer:
     )
 
 
-def lr_factor(c: TrainConfig, step: int) -> float:
-    """The learning rate of the step that follows `step` others, as a share of the peak."""
+def lr_factor(c: TrainConfig, step: float) -> float:
+    """The learning rate at this position of the schedule, as a share of the peak.
+
+    Without a time limit the position is the number of steps taken before.
+    """
     total, warmup = c.steps, min(c.warmup_steps, c.steps)
     if c.schedule == "cosine":
         return optim.warmup_cosine(step, warmup=warmup, total=total, floor=c.final_lr)
@@ -254,30 +263,14 @@ def lr_factor(c: TrainConfig, step: int) -> float:
     )
 
 
-def fit_steps(config: TrainConfig, seconds: float) -> TrainConfig:
-    """`config` with at most as many steps as fit into `seconds`, by timing some on a spare model.
-
-    Decided once, before the run: with a schedule over steps the run can be resumed bit for bit,
-    with one over elapsed time it could not.
-    """
-    begin = time.perf_counter()
-    trial = Trainer(config)
-    print(f"timing a few steps, to fit into {report.clock(seconds)}", flush=True)
-    trial.train_step()  # the first uses everything for the first time
-    times: list[float] = []
-    while len(times) < 3 or time.perf_counter() - begin < 0.02 * seconds:
-        times.append(trial.train_step().seconds)
-    step_seconds = statistics.median(times)
-
-    start = time.perf_counter()
-    trial.evaluate(trial.eval_batch_size)
-    windows = trial.config.eval_windows or len(trial.val_data) // trial.config.T
-    evaluation = (time.perf_counter() - start) * windows / trial.eval_batch_size
-    if config.eval_every:
-        step_seconds += evaluation / config.eval_every
-
-    left = TIME_USED * seconds - evaluation - (time.perf_counter() - begin)
-    return dataclasses.replace(config, steps=max(1, min(config.steps, int(left / step_seconds))))
+def time_limit(t: Trainer, begin: float) -> TimeLimit | None:
+    """Of a run that has one and was not timed before; what was decided stays when it is resumed."""
+    c = t.config
+    if c.max_minutes is None or t.pace.stride != 1.0:
+        return None
+    tokens = c.eval_windows * c.T if c.eval_windows else len(t.val_data)
+    share = tokens / t.tokens_per_step
+    return TimeLimit(60 * c.max_minutes, begin, evaluation=share, every=c.eval_every)
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -294,8 +287,6 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
         check_folder(config.out, overwrite)
         config = resolve(config)  # what can't be run is told before a run is removed
         clear_folder(config.out)
-        if config.max_minutes is not None:
-            config = fit_steps(config, 60 * config.max_minutes)
     t = Trainer(config)
     c, folder = t.config, config.out
     if resume:
@@ -309,16 +300,20 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
     if t.step == 0:
         log.write("config", **to_dict(c))
     log.write("start", step=t.step, torch=torch.__version__, threads=torch.get_num_threads())
-    bar = report.Progress(c.steps, t.tokens_per_step, t.flops_per_step, peak, step=t.step)
+    bar = report.Progress(t.pace.steps, t.tokens_per_step, t.flops_per_step, peak, step=t.step)
 
-    saved_step = t.step
+    saved_step, limit = t.step, time_limit(t, begin)
     with StopSignals() as stop, bar, log:
-        while t.step < c.steps and not stop.requested:
+        while t.step < t.pace.steps and not stop.requested:
             result = t.train_step()
+            if limit is not None and (left := limit.left(result.seconds)) is not None:
+                t.pace.retime(t.step, min(left, c.steps - t.step), partial(lr_factor, c))
+                log.write("pace", step=t.step, steps=t.pace.steps)
+                bar.resize(t.pace.steps)
             tokens = t.step * t.tokens_per_step
             log.write("step", step=t.step, tokens=tokens, **result._asdict())
             bar.update(t.step, result.loss, result.seconds)
-            if due(t.step, c.eval_every) or t.step == c.steps:
+            if due(t.step, c.eval_every) or t.step == t.pace.steps:
                 val_loss = t.evaluate(c.eval_windows)
                 log.write("eval", step=t.step, val_loss=val_loss)
                 bar.print(f"step {t.step}: validation loss {val_loss:.4f}")
@@ -393,10 +388,10 @@ def load_model(folder: Path) -> tuple[GPT, Tokenizer]:
 
 
 def closing_words(t: Trainer, seconds: float, plot: Path | None) -> str:
-    c = t.config
-    if t.step < c.steps:
+    c, steps = t.config, t.pace.steps
+    if t.step < steps:
         return (
-            f"stopped after step {t.step} of {c.steps}; go on with: fastattn train --resume {c.out}"
+            f"stopped after step {t.step} of {steps}; go on with: fastattn train --resume {c.out}"
         )
     lines = [f"trained {t.step} steps in {report.clock(seconds)}: {c.out}"]
     if plot is not None:

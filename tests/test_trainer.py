@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import checkpoint, trainer
+from fastattn import checkpoint, pace, trainer
 from fastattn.config import TrainConfig
 from fastattn.data import prepare
 from fastattn.gpt import GPTConfig
 from fastattn.report import read_log
-from fastattn.trainer import StopSignals, Trainer, fit_steps, load_model, lr_factor, train
+from fastattn.trainer import StopSignals, Trainer, load_model, lr_factor, train
 
 MODERN = GPTConfig(
     block_size=32, n_layer=2, n_head=2, n_embd=32, n_kv_head=1, norm="rmsnorm", mlp="swiglu",
@@ -375,39 +376,43 @@ def test_schedule_of_a_run_shorter_than_its_warmup(config):
         assert [lr_factor(short, step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
-def test_steps_fit_the_time(config, monkeypatch):
-    # A clock that only training steps (1 s) and evaluation of a batch (0.5 s) move.
-    now = 0.0
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now)
-
-    def spend(seconds, result):
-        def method(self, *args):
-            nonlocal now
-            now += seconds
-            return result
-
-        return method
-
-    step = trainer.StepResult(1.0, 1.0, 1e-3, seconds=1.0)
-    monkeypatch.setattr(Trainer, "train_step", spend(1.0, step))
-    monkeypatch.setattr(Trainer, "evaluate", spend(0.5, 1.0))
-    monkeypatch.setattr(trainer, "EVAL_BATCH_TOKENS", 64)  # two windows, of the four below
-    config = dataclasses.replace(config, eval_every=10, eval_tokens=4 * 32, steps=10**6)
-    # 0.02 · 1000 s of trial and a batch; then 1 s a step and, every 10 and at the end, 2 batches.
-    expected = (trainer.TIME_USED * 1000 - 1.0 - 20.5) / (1 + 1.0 / 10)
-    assert fit_steps(config, 1000).steps == int(expected)
-    assert fit_steps(dataclasses.replace(config, steps=50), 1000).steps == 50
-    assert fit_steps(config, 1e-3).steps == 1
-
-
 def test_time_limit_is_kept_and_resumable(config):
     limited = dataclasses.replace(config, steps=10**6, max_minutes=0.03, eval_every=0)
     begin = time.perf_counter()
     t = train(limited)
     assert time.perf_counter() - begin < 60  # it would be hours, but the machine may be busy
-    assert t.step == t.config.steps < 10**6
-    assert trainer.read_config(config.out).steps == t.step
+    assert t.step == t.pace.steps < 10**6
+    assert events(config.out, "pace")[-1]["steps"] == t.step
+    assert events(config.out, "step")[-1]["lr"] < 0.2 * config.lr
     assert train(trainer.read_config(config.out), resume=True).step == t.step
+
+
+def test_a_run_with_a_time_limit_is_resumed_bit_for_bit_as_it_was_decided(config, monkeypatch):
+    """By what was measured before the stop, whatever time the steps after it take."""
+    monkeypatch.setattr(pace.TimeLimit, "left", lambda self, seconds: 9 if seconds else None)
+    config = dataclasses.replace(config, steps=100, max_minutes=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 5)
+        assert train(config).pace.steps == 5 + 9
+    ends = []
+    for copy_of in (config.out.with_name("a"), config.out.with_name("b")):
+        shutil.copytree(config.out, copy_of)
+        ends.append(train(trainer.read_config(copy_of), resume=True))
+        assert ends[-1].step == 14 and not events(copy_of, "pace")[5:]
+        rates = [line["lr"] for line in events(copy_of, "step")]
+        assert rates[5:] == sorted(rates[5:], reverse=True) and 0 < rates[-1] < 0.25 * config.lr
+    first, second = map(tensors_of, ends)
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
+def test_a_run_stopped_before_it_was_timed_is_timed_when_resumed(config):
+    config = dataclasses.replace(config, steps=10**6, max_minutes=10.0)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        t = train(config)
+    assert trainer.time_limit(t, 0.0) is not None
+    t.pace.retime(2, 7, float)
+    assert trainer.time_limit(t, 0.0) is None
 
 
 # ---- what a run leaves behind ------------------------------------------------------------------
