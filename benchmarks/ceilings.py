@@ -28,6 +28,7 @@ SOURCE = Path(__file__).with_name("fma_probe.cpp")
 BUILT = Path(__file__).resolve().parent.parent / "build"
 SIZES = {"cpu": (2048, 256 << 20), "cuda": (8192, 2 << 30)}  # of matrices, of memory in bytes
 FMA_ROUNDS = 4_000_000  # about 30 ms
+EMULATED_SECONDS = 0.05  # so slow is a small product only without instructions for its dtype
 
 
 class Ceilings:
@@ -43,11 +44,14 @@ class Ceilings:
         on = self._device.torch_device
         size, memory = SIZES[on.type]
         for dtype in dtypes | {torch.float32}:
-            # Random, as the cases' tensors: GPUs clock higher on ones, whose bits never change.
-            a, b, c = (torch.randn(size, size, device=on).to(dtype) for _ in range(3))
-            best = self._best(lambda a=a, b=b, c=c: torch.mm(a, b, out=c))
             name = str(dtype).removeprefix("torch.")
-            self.gemm[name] = max(self.gemm.get(name, 0.0), 2 * size**3 / best)
+            for n in (size // 4, size):
+                # Random, as the cases' tensors: GPUs clock higher on ones, whose bits never change.
+                a, b, c = (torch.randn(n, n, device=on).to(dtype) for _ in range(3))
+                best = self._best(lambda a=a, b=b, c=c: torch.mm(a, b, out=c))
+                self.gemm[name] = max(self.gemm.get(name, 0.0), 2 * n**3 / best)
+                if best > EMULATED_SECONDS:
+                    break
         big = torch.ones(memory // 4, device=on)
         half, other = big[: big.numel() // 2], big[big.numel() // 2 :]
         read = memory / self._best(lambda: torch.sum(big))

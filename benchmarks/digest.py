@@ -42,7 +42,8 @@ def conditions(document: Document) -> str:
         where = f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}"
     else:
         where = f"{m['cpu']}, {m['threads']} threads, {m['isa']}"
-    cut = "" if document["complete"] else "; cut by its time budget"
+    left = len(document.get("missing", [])) or "some"
+    cut = "" if document["complete"] else f"; {left} cases left out for time"
     return (
         f"{where}, torch {m['torch']}, {m['date'][:10]}, commit {m['commit']}{cut}. Medians of"
         f" interleaved calls; ceilings measured in the same run: {ceilings(document)}"

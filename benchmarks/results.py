@@ -24,7 +24,8 @@ OPTIONAL_NUMBER = (int, float, type(None))
 # {"*": x}: any names.
 SCHEMA = {
     "version": int,
-    "complete": bool,  # the run came to its end
+    "complete": bool,  # nothing is missing
+    "missing?": [[str]],  # keys of cases that were asked for and not reached yet
     "seconds": NUMBER,  # that it took
     "options": {"*": object},
     "machine": {

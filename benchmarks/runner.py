@@ -65,7 +65,7 @@ class Run:
         self._took: dict[str, list[float]] = {}  # by suite: seconds of each case so far
         here = machine.describe(plan.device.torch_device)
         if plan.resume and plan.out.exists():
-            self.document = results.read(plan.out) | {"complete": False}
+            self.document = results.read(plan.out)
             if (kind := self.document["machine"]["kind"]) != here["kind"]:
                 raise ValueError(f"{plan.out} is of another machine: {kind}, not {here['kind']}")
             self.ceilings.resume(self.document["ceilings"])
@@ -87,25 +87,30 @@ class Run:
         done: Callable[[dict], None] = lambda result: None,
     ) -> bool:
         """Runs the cases; True if all of them were. `begin` gets each case, `done` its result."""
-        complete, have = True, {results.key(r) for r in self.document["results"]}
-        for case in sorted(self.plan.cases, key=lambda case: case.rank):
-            if key_of(case) in have:
-                continue
+        have = {results.key(r) for r in self.document["results"]}
+        missing = [case for case in self.plan.cases if key_of(case) not in have]
+        earlier = {tuple(key) for key in self.document.get("missing", [])}  # of other filters
+        self.tell_missing(earlier | {key_of(case) for case in missing})
+        for case in sorted(missing, key=lambda case: case.rank):
             if not self.fits(case):
-                complete = False
                 continue  # a case of another suite may take less
             start = self._now()
             begin(case)
             self.measure_ceilings()
             self.write()
             self.document["results"].append(self.run(case))
+            self.tell_missing({tuple(key) for key in self.document["missing"]} - {key_of(case)})
             self.write()
             self._took.setdefault(case.suite, []).append(self._now() - start)
             done(self.document["results"][-1])
         self.measure_ceilings(at_once=True)
-        self.document["complete"] = complete
         self.write()
-        return complete
+        have = {results.key(r) for r in self.document["results"]}
+        return have >= {key_of(case) for case in self.plan.cases}
+
+    def tell_missing(self, keys: set[tuple[str, ...]]) -> None:
+        self.document["missing"] = sorted(map(list, keys))
+        self.document["complete"] = not keys
 
     def fits(self, case: Case) -> bool:
         """Time is left for a case as long as the longest of the last few of its suite.

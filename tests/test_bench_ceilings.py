@@ -59,6 +59,17 @@ def test_measuring_keeps_the_best(monkeypatch):
     assert c.document()["memory_bytes"] == 1e18
 
 
+def test_a_product_that_is_emulated_is_measured_small(monkeypatch):
+    monkeypatch.setattr(ceilings, "SIZES", {"cpu": (64, 1 << 20)})
+    monkeypatch.setattr(ceilings, "FMA_ROUNDS", 1000)
+    monkeypatch.setattr(ceilings, "EMULATED_SECONDS", 0.0)
+    sizes = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: sizes.append(len(a)) or mm(a, b, out=out))
+    Ceilings(Cpu()).measure({BF16})
+    assert set(sizes) == {16}
+
+
 def test_registers_are_no_slower_than_a_matrix_product():
     flops = max(ceilings.fma_flops(1) for _ in range(3))
     if flops == 0:

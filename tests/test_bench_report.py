@@ -188,7 +188,7 @@ def test_the_performance_page_says_where_others_are_faster(tmp_path):
     text = pages.performance_page(results.by_kind(files[::-1]), tmp_path)
     assert "- attention-fwd, slow bf16: torch SDPA is 2.00× faster" in text
     assert "| **1.25** (0.50–2.00) | torch SDPA | 25–50 % | 1 |" in text
-    assert "*2026-01-01, commit abc*" in text and "cut by its time budget" in text
+    assert "*2026-01-01, commit abc*" in text and "commit abc; some cases left out for time" in text
 
 
 def test_the_best_of_the_others_stands_in_a_case_s_line():

@@ -153,6 +153,12 @@ def test_a_budget_takes_the_most_telling_first_and_stops_in_time(tmp_path):
     names = [r["case"] for r in run.document["results"]]
     assert names[:2] == ["N2", "N4"] and 2 <= len(names) < 4
     assert run.document["seconds"] < 90
+    assert ["decode", "N1", "float32"] in run.document["missing"]
+    other = Run(plan(tmp_path, [Double(number=7)], resume=True))  # as with other filters
+    assert other() and not other.document["complete"]
+    assert ["decode", "N1", "float32"] in other.document["missing"]
+    again = Run(plan(tmp_path, cases, resume=True))
+    assert again() and again.document["complete"] and not again.document["missing"]
 
 
 def test_a_slow_peer_is_left_out_but_never_ours_or_the_baseline(tmp_path):
@@ -272,6 +278,7 @@ def test_a_run_goes_on_where_it_was_cut_without_what_was_lost(tmp_path):
     run = Run(plan(tmp_path, cases, resume=True, supervised=True))
     assert run.ceilings.document() == document["ceilings"]
     assert run()
+    assert results.read(first.plan.out)["complete"]
     zero, one, two = results.read(first.plan.out)["results"]
     assert zero == first.document["results"][0] | {"bound": "compute"}
     assert one["peers"]["nearly"]["refused"] == "killed by signal 11"
