@@ -240,6 +240,34 @@ def test_strided_inputs(backend: str) -> None:
     assert torch.equal(k_cache, packed[1]) and torch.equal(v_cache, packed[2])
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["page", "position", "head"])
+def test_cache_offsets_past_2_to_31_elements(backend: str, dim: int) -> None:
+    """Of the pages, positions and heads. The emulator can't append so far: it maps what is written,
+    byte for byte."""
+    far, shape = 2**31 + 64, (2, 2, 2, 16)
+    strides = [64, 32, 16]
+    strides[dim] = far
+    try:
+        memory = torch.empty(far + 512, dtype=torch.float16)  # pages nobody touches take no memory
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+    large = [memory[offset:].as_strided(shape, (*strides, 1)) for offset in (0, 128)]
+    small = [torch.randn(shape, dtype=torch.float16) for _ in range(2)]
+    for there, here in zip(large, small, strict=True):
+        there.copy_(here)
+    q, k, v = (torch.randn(1, 1, 2, 16, dtype=torch.float16) for _ in range(3))
+    options = {
+        "cache_seqlens": torch.tensor([3], dtype=torch.int32),
+        "block_table": torch.tensor([[0, 1]], dtype=torch.int32),
+        "backend": backend,
+    }
+    if backend != "cuda":
+        options |= {"k": k, "v": v}
+    out, same = (fastattn.attention_decode(q, *caches, **options) for caches in (large, small))
+    assert torch.equal(out, same)
+    assert all(torch.equal(*both) for both in zip(large, small, strict=True))
+
+
 @pytest.mark.slow  # g++
 def test_reads_the_caches_that_a_compiled_graph_has_written() -> None:
     """Views of one storage: what an operator is said to write, Inductor looks for elsewhere."""
