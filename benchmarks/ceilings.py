@@ -127,10 +127,12 @@ def fma_library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     BUILT.mkdir(exist_ok=True)
-    stamp = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+    if os.environ.get("FASTATTN_CPU_ISA") == "avx2":  # held to it: the ceiling is, too
+        flags.append("-mno-avx512f")
+    stamp = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:12]
     library = BUILT / f"fma_probe-{stamp}.so"
     if not library.exists():
-        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
         subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
     found = ctypes.CDLL(str(library))
     found.fma_probe.restype = ctypes.c_double
