@@ -41,4 +41,7 @@ if __name__ == "__main__":
     prepare_environment(sys.argv[1:])
     from .cpu_table import main
 
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was finished is on disk, and the same command goes on")

@@ -97,12 +97,12 @@ def held_rows() -> Iterator[tuple[Case, Goal]]:
 
 def table(asked: list[tuple[Case, Goal]], document: results.Document) -> str:
     known = {results.key(r): r for r in document["results"]}
-    lines = [f"{'':<44}{'ours ms':>9}{'torch ms':>10}{'ratio':>8}{'floor':>7}{'of':>9}  goal"]
+    lines = [f"{'':<54}{'ours ms':>9}{'torch ms':>10}{'ratio':>8}{'floor':>7}{'of':>9}  goal"]
     met = [0, 0]  # missed, met
     for case, goal in asked:
         result = known.get(key_of(case))
-        words = f"{case.suite}  {case.name}" if "loss" in case.suite else case.name
-        head = f"{words:<38}{short(case.dtype):<6}"
+        words = case.name if isinstance(case, Attention) else f"{case.suite} {case.name}"
+        head = f"{words:<48}{short(case.dtype):<6}"
         if result is None or (ratio := results.ratio(result)) is None:
             lines.append(f"{head}{'not measured' if result is None else 'failed':>43}  {goal}")
             continue

@@ -383,7 +383,6 @@ def test_time_limit_is_kept_and_resumable(config):
     assert time.perf_counter() - begin < 60  # it would be hours, but the machine may be busy
     assert t.step == t.pace.steps < 10**6
     assert events(config.out, "pace")[-1]["steps"] == t.step
-    assert events(config.out, "step")[-1]["lr"] < 0.2 * config.lr
     assert train(trainer.read_config(config.out), resume=True).step == t.step
 
 
