@@ -1,7 +1,7 @@
 """Tile sizes of the kernels, by architecture, dtype and head dim.
 
-None has been timed: they are the largest that ptxas compiles without spills (tests/triton_gates.py
-has it so), of sizes that the field has found good. sm_80 has mma.sync and 164 KB of shared memory,
+None has been timed: they are of sizes that the field has found good, and compile without spills but
+for those that tests/triton_gates.py names. sm_80 has mma.sync and 164 KB of shared memory,
 sm_120, which stands for sm_86 and sm_89 too, 100 KB; sm_90 has wgmma and 227 KB, sm_100 tcgen05,
 which takes 128 rows at a time.
 """
@@ -44,32 +44,86 @@ ONE_ROW = Tile(1, 1, 1)  # a program has a row of at most 256 elements
 ROWS = Tile(128, 1, 4)  # a thread has a row
 INTERPRETED = Tile(64, 64)
 
-# 16-bit. Of the forward 128 queries make up for reading K and V again; 256 of head dim leave
-# registers for 64 of them, or for fewer keys. On sm_90 and at head dim 128, 128 keys at a time
-# would take 666 instructions where twice 64 take 874, but some variants spill: that is left to
-# tuning. Tensor descriptors would take 571, and 36 registers less (SASS of triton 3.9). Made on the
-# host they add to the Python of each launch (how much was not measured), made by the kernel they
-# need an allocator that is the whole process's. warp_specialize crashes the compiler on two loops
-# over keys (3.9), or does nothing (3.6, of 8 warps).
+# 16-bit. A row's reason: the registers a thread of the plain causal kernel (triton 3.9.0), and what
+# twice the passing rows (N) and twice the kept ones (M) come to: accesses to local memory that it
+# spills; KB of shared memory or columns of tensor memory (512) that a block hasn't got; or it fits,
+# in so many registers, and the smaller one stays until a GPU has timed both: tuning.py tries twice
+# N. Options take more registers than the plain kernel, and other versions of Triton spill
+# elsewhere. One more stage compiles without spills in 30 of the 36 rows; tuning.py tries that too.
+#
+# Of the forward 128 queries make up for reading K and V again. On sm_90 and at head dim 128, 128
+# keys at a time would take 666 instructions where twice 64 take 874, but spill. Tensor descriptors
+# would take 571, and 36 registers less (SASS of triton 3.9). Made on the host they add to the
+# Python of each launch (how much was not measured), made by the kernel they need an allocator that
+# is the whole process's. warp_specialize crashes the compiler on two loops over keys (3.9), or does
+# nothing (3.6, of 8 warps).
 FWD: dict[int, Tiles] = {
-    80: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    90: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-    100: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    120: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+    80: (
+        Tile(128, 64, 8, 3),  # 197; N 128: fits, 192; M 256: fits, 253
+        Tile(128, 64, 8, 2),  # 244; N 128: spills 68; M 256: spills 175
+        Tile(64, 64, 8, 2),  # 189; N 128: 176 KB; M 128: spills 112
+    ),
+    90: (
+        Tile(128, 128, 8, 2),  # 218; N 256: spills 233; M 256: spills 26
+        Tile(128, 64, 8, 3),  # 227; N 128: spills 10; M 256: spills 68
+        Tile(64, 64, 8, 2),  # 253; N 128: 288 KB; M 128: spills 18
+    ),
+    100: (
+        Tile(128, 64, 4, 3),  # 242; N 128: spills 1091; M 256: spills 1477
+        Tile(128, 64, 8, 2),  # 213; N 128: spills 8; M 256: spills 421
+        Tile(128, 32, 8, 2),  # 245; N 64: fits, 252; M 256: 608 columns
+    ),
+    120: (
+        Tile(128, 64, 8, 3),  # 194; N 128: fits, 198; M 256: fits, 238
+        Tile(128, 64, 8, 2),  # 196; N 128: spills 91; M 256: spills 154
+        Tile(64, 32, 8, 2),  # 170; N 64: 104 KB; M 128: 104 KB
+    ),
 }
 # One sum in registers, but q, dout and two products at a time.
 BWD_DQ: dict[int, Tiles] = {
-    80: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
-    90: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    100: (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
-    120: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+    80: (
+        Tile(128, 64, 8, 2),  # 186; N 128: spills 66; M 256: spills 38
+        Tile(64, 64, 8, 2),  # 164; N 128: fits, 184; M 128: spills 16
+        Tile(64, 32, 8, 1),  # 234; N 64: fits, 248; M 128: spills 130
+    ),
+    90: (
+        Tile(128, 64, 8, 2),  # 157; N 128: fits, 254; M 256: spills 60
+        Tile(128, 64, 8, 2),  # 222; N 128: fits, 255; M 256: spills 372
+        Tile(128, 32, 8, 2),  # 254; N 64: 256 KB; M 256: 320 KB
+    ),
+    100: (
+        Tile(128, 64, 4, 2),  # 237; N 128: spills 462; M 256: spills 321
+        Tile(128, 64, 8, 2),  # 185; N 128: spills 23; M 256: 576 columns
+        Tile(128, 32, 8, 1),  # 235; N 64: fits, 242; M 256: 289 KB
+    ),
+    120: (
+        Tile(128, 64, 8, 2),  # 184; N 128: spills 108; M 256: spills 133
+        Tile(64, 64, 8, 2),  # 174; N 128: 112 KB; M 128: spills 6
+        Tile(64, 32, 8, 1),  # 220; N 64: 128 KB; M 128: 160 KB
+    ),
 }
-# Two sums in registers: dk and dv.
+# Two sums in registers, dk and dv: M are keys, N queries.
 BWD_DKV: dict[int, Tiles] = {
-    80: (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)),
-    90: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1)),
-    100: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
-    120: (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)),
+    80: (
+        Tile(64, 32, 4, 2),  # 188; N 64: spills 24; M 128: spills 43
+        Tile(64, 64, 8, 2),  # 174; N 128: fits, 255; M 128: spills 40
+        Tile(32, 32, 4, 1),  # 250; N 64: spills 197; M 64: spills 6670
+    ),
+    90: (
+        Tile(128, 64, 8, 2),  # 221; N 128: spills 302; M 256: spills 307
+        Tile(128, 32, 8, 2),  # 226; N 64: spills 123; M 256: spills 707
+        Tile(32, 32, 8, 1),  # 174; N 64: fits, 174; M 64: spills 339
+    ),
+    100: (
+        Tile(128, 64, 8, 2),  # 185; N 128: spills 105; M 256: 640 columns
+        Tile(128, 64, 8, 2),  # 192; N 128: 258 KB; M 256: 896 columns
+        Tile(64, 32, 8, 1),  # 221; N 64: fits, 252; M 128: 576 columns
+    ),
+    120: (
+        Tile(64, 32, 4, 2),  # 184; N 64: fits, 250; M 128: spills 74
+        Tile(64, 64, 8, 2),  # 170; N 128: 113 KB; M 128: spills 185
+        Tile(32, 32, 4, 1),  # 244; N 64: 112 KB; M 64: 112 KB
+    ),
 }
 # fp32 multiplies without tensor cores on every architecture, with whole rows of the operands that a
 # program keeps in registers: the fewer, the better.
