@@ -126,10 +126,22 @@ BWD_DKV: dict[int, Tiles] = {
     ),
 }
 # fp32 multiplies without tensor cores on every architecture, with whole rows of the operands that a
-# program keeps in registers: the fewer, the better.
-FP32_FWD: Tiles = (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1))
-FP32_BWD_DQ: Tiles = (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
-FP32_BWD_DKV: Tiles = (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1))
+# program keeps in registers: the fewer, the better. Reasons are those of sm_90.
+FP32_FWD: Tiles = (
+    Tile(32, 32, 8, 1),  # 54; N 64: spills 200; M 64: fits, 166
+    Tile(32, 32, 8, 1),  # 195; N 64: spills 2; M 64: spills 805
+    Tile(32, 16, 8, 1),  # 116; N 32: spills 1208; M 64: spills 1608
+)
+FP32_BWD_DQ: Tiles = (
+    Tile(32, 32, 8, 1),  # 242; N 64: spills 244; M 64: spills 320
+    Tile(16, 16, 8, 1),  # 209; N 32: spills 282; M 32: spills 283
+    Tile(16, 16, 8, 1),  # spills 290, at the least that products take; N 32: 1494; M 32: 1630
+)
+FP32_BWD_DKV: Tiles = (
+    Tile(64, 32, 8, 1),  # 110; N 64: spills 3526; M 128: spills 1145
+    Tile(32, 16, 8, 1),  # spills 3; N 32: spills 226; M 64: spills 422
+    Tile(16, 16, 8, 1),  # 128; N 32: spills 11; M 32: fits, 168
+)
 
 
 def arch() -> int:
@@ -224,12 +236,12 @@ def cross_entropy(vocab: int, smoothed: bool) -> Tile:
     return Tile(1, block, max(16 * block // most, 1))
 
 
-# Rows and classes of a product of long rows, whose sums stay in registers.
+# Rows and classes of a product of long rows, whose sums stay in registers. Reasons as above.
 LINEAR: dict[int, Tile] = {
-    80: Tile(128, 128, 8, 3),
-    90: Tile(128, 128, 8, 3),
-    100: Tile(128, 128, 8, 2),
-    120: Tile(128, 128, 8, 2),
+    80: Tile(128, 128, 8, 3),  # 246; N 256: spills 115; M 256: spills 156
+    90: Tile(128, 128, 8, 3),  # 214; N 256: spills 70; M 256: spills 46
+    100: Tile(128, 128, 8, 2),  # 252; N 256: spills 245; M 256: spills 6; 3 stages: spills 10
+    120: Tile(128, 128, 8, 2),  # 240; N 256: spills 52; M 256: spills 132; 3 stages fit, 232
 }
 FP32_LINEAR = Tile(64, 64, 8, 1)
 
