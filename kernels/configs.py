@@ -159,9 +159,8 @@ class Work(NamedTuple):
 
     dtype: torch.dtype
     block_d: int  # the larger of the tiles' two head dims
-    heavy: (
-        bool  # options, and head dims short of their tiles', want registers: half as many of both
-    )
+    # Options, and head dims short of their tiles', want registers: half as many rows of both then.
+    heavy: bool
 
 
 def _of(table: dict[int, Tiles], fp32: Tiles, work: Work) -> Tile:
