@@ -30,9 +30,7 @@ class Compiled:
 
     def attn_fwd(self, p: AttentionProblem) -> tuple[Tensor, Tensor]:
         out = p.q.new_empty((*p.q.shape[:-1], p.v.shape[-1]))
-        tokens, heads = p.q.shape[-3:-1]
-        shape = (heads, tokens) if p.packed else (p.q.shape[0], heads, tokens)
-        lse = p.q.new_empty(shape, dtype=torch.float32)
+        lse = p.q.new_empty(p.lse_shape, dtype=torch.float32)
         self._ops().attn_fwd(*p, out, lse)
         return out, lse
 

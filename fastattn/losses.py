@@ -77,7 +77,7 @@ def cross_entropy(
         raise ValueError("inplace needs reduction 'mean' or 'sum' and no return_lse")
     logits = last_stride_one(input.reshape(-1, vocab))
     p = CrossEntropyProblem(logits, target.reshape(-1).contiguous(), **options)
-    scale = None if reduction == "none" else _row_scale(p.target, reduction, options, input.dtype)
+    scale = None if reduction == "none" else _row_scale(p.target, reduction, options, input)
     name = requested(backend)
     if name == "reference" or (name is None and input.dtype == torch.float64):
         validate.targets(p.target, vocab, ignore_index)
@@ -144,7 +144,7 @@ def linear_cross_entropy(
         raise ValueError(f"workspace_bytes must be an integer > 0, got {workspace_bytes!r}")
     linear = (input.reshape(-1, channels), linear_weight, linear_bias)
     p = LinearCrossEntropyProblem(*linear, target.reshape(-1).contiguous(), **options)
-    scale = None if reduction == "none" else _row_scale(p.target, reduction, options, input.dtype)
+    scale = None if reduction == "none" else _row_scale(p.target, reduction, options, input)
     name = requested(backend)
     if name == "reference" or (name is None and input.dtype == torch.float64):
         validate.targets(p.target, vocab, ignore_index)
@@ -278,9 +278,9 @@ def _has_range(logits: Tensor) -> bool:
     return logits.dtype != torch.float16
 
 
-def _row_scale(target: Tensor, reduction: str, options: dict, dtype: torch.dtype) -> Tensor:
+def _row_scale(target: Tensor, reduction: str, options: dict, input: Tensor) -> Tensor:
     """(): the factor of each row's loss. Over no valid row a mean's is inf, and 0 · inf is NaN."""
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype = validate.accumulator_dtype(input)
     if reduction == "sum":
         return torch.ones((), dtype=dtype, device=target.device)
     valid = target != options["ignore_index"]

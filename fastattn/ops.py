@@ -62,9 +62,7 @@ def _attn_fwd(*args):
 def _attn_fwd_fake(*args):
     p, _ = split(AttentionProblem, args)
     out = p.q.new_empty((*p.q.shape[:-1], p.v.shape[-1]))
-    tokens, heads = p.q.shape[-3:-1]
-    lse_shape = (heads, tokens) if p.packed else (p.q.shape[0], heads, tokens)
-    return out, p.q.new_empty(lse_shape, dtype=validate.accumulator_dtype(p.q))
+    return out, p.q.new_empty(p.lse_shape, dtype=validate.accumulator_dtype(p.q))
 
 
 def _attn_entropy(*args):

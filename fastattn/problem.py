@@ -52,6 +52,12 @@ class AttentionProblem(NamedTuple):
         return self.cu_seqlens_q is not None
 
     @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """(B, H_q, S_q), packed (H_q, T_q)."""
+        tokens, heads = self.q.shape[-3:-1]
+        return (heads, tokens) if self.packed else (self.q.shape[0], heads, tokens)
+
+    @property
     def scores_shape(self) -> tuple[int, int, int, int]:
         """(B, H_q, S_q, S_k), or of the longest sequences: what masks and biases broadcast to."""
         if self.cu_seqlens_q is not None:

@@ -21,12 +21,12 @@ from torch import Tensor
 from . import philox
 from .problem import AttentionProblem, DecodeProblem
 from .reference_losses import (
-    accumulator_dtype,
     cross_entropy,
     cross_entropy_backward,
     linear_cross_entropy,
     without_autocast,
 )
+from .validate import accumulator_dtype
 
 __all__ = [
     "AttentionGradients",

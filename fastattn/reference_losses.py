@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .problem import CrossEntropyProblem
+from .validate import accumulator_dtype
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -28,10 +29,6 @@ def without_autocast(function: Function) -> Function:
             return function(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
-
-
-def accumulator_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @without_autocast

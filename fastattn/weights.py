@@ -162,11 +162,9 @@ def _problem(
         p = packed_problem(*nested.pack(q, k, k, mask, bias), *options, 0.0)
     else:
         p = dense_problem(q, k, k, *options, 0.0)
-    tokens, heads = p.q.shape[-3:-1]
-    want = (heads, tokens) if p.packed else (p.q.shape[0], heads, tokens)
-    if tuple(validate.tensor("lse", lse).shape) != want:
+    if tuple(validate.tensor("lse", lse).shape) != p.lse_shape:
         names = "(H_q, T_q)" if p.packed else "(B, H_q, S_q)"
-        raise ValueError(f"lse must have shape {names} = {want}, got {tuple(lse.shape)}")
+        raise ValueError(f"lse must have shape {names} = {p.lse_shape}, got {tuple(lse.shape)}")
     validate.same_device("lse", lse, "q", p.q.device)
     return p, lse.to(validate.accumulator_dtype(p.q))
 
