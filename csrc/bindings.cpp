@@ -288,11 +288,13 @@ void set_gradient(CrossEntropyParams& p, const OptionalTensor& dloss,
   STD_TORCH_CHECK(dloss.has_value(), "a gradient needs dloss");
   p.dlogits = dlogits->data_ptr();
   p.dlogits_dtype = dtype_of(*dlogits);
-  bool takes = p.dlogits_dtype == p.dtype;
-#ifndef FASTATTN_CUDA
-  takes = takes || (p.dtype == DType::kF32 && p.dlogits_dtype == DType::kBF16);
+#ifdef FASTATTN_CUDA
+  const bool rounds = p.dlogits != p.logits;
+#else
+  const bool rounds = p.dlogits_dtype == DType::kBF16;
 #endif
-  STD_TORCH_CHECK(takes, "dlogits must be of the logits' dtype");
+  STD_TORCH_CHECK(p.dlogits_dtype == p.dtype || (p.dtype == DType::kF32 && rounds),
+                  "dlogits must be of the logits' dtype");
   p.dlogits_stride = dlogits->stride(0);
   p.dloss = data<float>(dloss);
   p.dloss_stride = dloss->dim() == 0 ? 0 : dloss->stride(0);
@@ -354,7 +356,7 @@ std::string target() { return Kernels::target(); }
 
 // Of the operators below: whoever changes them counts on, here and in fastattn/library.py, which
 // refuses a library of another count.
-int64_t interface() { return 2; }
+int64_t interface() { return 3; }
 
 // An operator as torch calls it: kernels for these arguments, then `op`.
 template <auto op>

@@ -149,7 +149,8 @@ struct CrossEntropyParams {
   // Gradient: null = none wanted. May be the logits themselves. Row r's gradient is
   // dloss[r · dloss_stride] · ∂loss_r + dlse[r] · ∂lse_r.
   void* dlogits;
-  DType dlogits_dtype;  // dtype; the CPU kernels also make bf16 of fp32
+  DType dlogits_dtype;  // dtype; of fp32 the CPU kernels also make bf16, and CUDA's, beside the
+                        // logits, bf16 and fp16
   int64_t dlogits_stride;
   const float* dloss;
   int64_t dloss_stride;  // 0 = one scalar for all rows

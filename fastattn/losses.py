@@ -119,8 +119,9 @@ def linear_cross_entropy(
         input: (…, C); linear_weight: (V, C); linear_bias: (V,), all of one dtype (under autocast
             they are cast to its dtype).
         target: (…) int64, each `ignore_index` or in [0, V).
-        workspace_bytes: at most this much memory holds logits at a time (but at least one row).
-            The reference holds them all; Triton's kernel needs none where only the loss is wanted.
+        workspace_bytes: at most this much memory holds logits at a time (but at least one row), and
+            on GPUs their gradient in 16 bits. The reference holds them all; Triton's kernel needs
+            none where only the loss is wanted.
         The rest, the result and what is raised is as in `cross_entropy`. Argument names are torch
         2.13's.
     """

@@ -88,9 +88,8 @@ def test_logits_stay_within_the_budget(dtype: torch.dtype, compute: str) -> None
 
 def test_chunks_are_of_about_equal_size() -> None:
     """33 rows in chunks of at most 32 are 17 and 16, not 32 and 1."""
-    sizes = [
-        c.x.shape[0] for c in chunked_loss._chunks(problem(33), TorchProducts(), 32 * VOCAB * 4)
-    ]
+    chunks = chunked_loss._Chunks(problem(33), TorchProducts(), 32 * VOCAB * 4)
+    sizes = [chunk.x.shape[0] for chunk in chunks]
     assert sizes == [17, 16]
 
 

@@ -37,6 +37,7 @@ STEPS = tuple(
     CrossEntropyCase(f"vocab-{vocab}", rows=3, vocab=vocab)
     for vocab in (8, 255, 256, 1023, 1025, 2051, 4095, 16383, 16385, 16400, 33000)
 )
+ROUNDED = tuple(c for c in CE_CASES if c.name in ("plain", "everything", "padded", "all-ignored"))
 # longer than what shared memory holds in at least some dtypes and architectures
 LONG = (
     CrossEntropyCase("vocab-128256", rows=2, vocab=128256, ignored=0.5),
@@ -124,6 +125,32 @@ def test_the_gradient_may_take_the_logits_place(case: CrossEntropyCase, dtype: t
     in_place = p._replace(logits=copy_of(p.logits))
     backward(in_place, lse, dloss, dlogits=in_place.logits)
     assert torch.equal(in_place.logits, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("pad", (0, 1, 4))  # rows of the gradient aligned otherwise, or as x's
+@pytest.mark.parametrize("case", (*ROUNDED, STEPS[1], STEPS[5]), ids=str)
+def test_the_gradient_of_float32_may_be_rounded(
+    case: CrossEntropyCase, pad: int, dtype: torch.dtype
+) -> None:
+    p = make_cross_entropy_problem(case, torch.float32)
+    dloss = 1000 * random_like(torch.empty(p.logits.shape[0]), 1)
+    _, lse = forward(p)
+    expected = backward(p, lse, dloss).to(dtype)
+    wide = torch.full((p.logits.shape[0], p.logits.shape[1] + pad), 7.0, dtype=dtype)
+    inside = wide[:, : p.logits.shape[1]]
+    backward(p, lse, dloss, dlogits=inside)
+    assert torch.equal(inside, expected)
+    inside.fill_(math.nan)
+    forward(p, dloss, inside)
+    assert torch.equal(inside, expected)
+    assert (wide[:, p.logits.shape[1] :] == 7.0).all()
+
+
+def test_a_rounded_gradient_has_no_place_among_the_logits() -> None:
+    p = problem([[1.0, 2.0]], [0])
+    with pytest.raises(RuntimeError, match="dlogits must be of the logits' dtype"):
+        forward(p, torch.ones(()), p.logits.view(torch.float16)[:, :2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

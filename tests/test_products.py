@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
 import cpu_isa
+import out_dtype
 import pytest
 import torch
 from torch import Tensor
@@ -85,12 +87,26 @@ def test_operands_of_any_strides(products: TorchProducts) -> None:
     assert_multiplies(products, torch.randn(6, 10), torch.randn(20, 14)[::2, ::2])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_tensor_cores(dtype: torch.dtype) -> None:
-    a, b = matrix(37, 83, True, dtype, 1), matrix(83, 70, False, dtype, 2)
-    assert_multiplies(TensorCoreProducts(), a.cuda(), b.cuda())
-    assert_multiplies(TensorCoreProducts(), a.cuda().float(), b.cuda())
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensor_cores(dtype: torch.dtype, device: str) -> None:
+    """On the CPU with torch's operators for GPUs replaced."""
+    with out_dtype.on_cpu() if device == "cpu" else contextlib.nullcontext():
+        for a_by_column, b_by_column in itertools.product((False, True), repeat=2):
+            a, b = matrix(37, 83, a_by_column, dtype, 1), matrix(83, 70, b_by_column, dtype, 2)
+            assert_multiplies(TensorCoreProducts(), a.to(device), b.to(device))
+
+
+def test_rows_for_tensor_cores_start_at_multiples_of_16_bytes() -> None:
+    like, products = torch.empty(0, device="meta"), TensorCoreProducts()
+    for vocab in (1, 7, 8, 50257):
+        logits = products.logits(3, vocab, like)
+        for dtype in DTYPES:
+            gradient = products.gradient(logits, dtype)
+            assert gradient.shape == logits.shape == (3, vocab) and gradient.dtype == dtype
+            assert gradient.stride(1) == 1
+            assert 0 <= gradient.stride(0) * dtype.itemsize - vocab * dtype.itemsize < 16
+            assert gradient.stride(0) * dtype.itemsize % 16 == 0
 
 
 @pytest.mark.skipif(library.load_error() is not None, reason="the kernels are not built")

@@ -132,6 +132,8 @@ def losses(dtype: torch.dtype, vocab: int, rich: bool) -> None:
     if rich:
         p = p._replace(weight=torch.empty(vocab), label_smoothing=0.1, z_loss=1e-4, softcap=30.0)
     cross_entropy_fwd(p, torch.empty(()), logits)
+    if dtype == SINGLE:  # what linear cross-entropy's products read
+        cross_entropy_fwd(p, torch.empty(()), torch.empty_like(logits, dtype=torch.float16))
 
 
 def linear_losses(dtype: torch.dtype, channels: int, vocab: int, rich: bool) -> None:

@@ -21,6 +21,8 @@
 //
 // Plain rows have z = x and ε = 0: neither class weights nor the z-loss touch their inner loops.
 // All others are rich.
+//
+// The gradient of fp32 logits may be bf16 or fp16, beside them: what products then read.
 #include <cassert>
 #include <cfloat>
 #include <cmath>
@@ -190,16 +192,27 @@ FASTATTN_DEVICE float gradient(float x, const float* weight, float cap, const Gr
   return (1 - t * t) * (g.a_over_l * exp_of(cap * t - g.row_max) - g.s * w);
 }
 
+// The gradient's neighbours of a vector of logits, at an address that is a multiple of their size.
+template <class T, class TGrad>
+FASTATTN_DEVICE void store_gradient(TGrad* dx, const float (&values)[kVec<T>]) {
+  if constexpr (sizeof(T) == sizeof(TGrad)) {
+    store_vector(dx, pack<TGrad>(values));
+  } else {
+    *reinterpret_cast<uint2*>(dx) = {ptx::pack(values[0], values[1], TGrad{}),
+                                     ptx::pack(values[2], values[3], TGrad{})};
+  }
+}
+
 // Writes the gradient but for the target's own term, every thread where it has read. dx may be x.
-template <bool kRich, class T>
+template <bool kRich, class T, class TGrad>
 FASTATTN_DEVICE void write_gradient(const T* x, const Columns<T>& columns, const KernelParams& p,
-                                    const uint4* sRow, const Gradient& g, T* dx) {
+                                    const uint4* sRow, const Gradient& g, TGrad* dx) {
   const int threads = blockDim.x, step = kUnroll<kRich> * threads;
   const auto weight_at = [&](int64_t c) { return kRich && p.weight ? p.weight + c : nullptr; };
-  const bool alike = misalignment(dx) == misalignment(x);
+  const bool alike = misalignment(dx + columns.before) % int(sizeof(TGrad) * kVec<T>) == 0;
   if (int(threadIdx.x) < columns.edges) {
     const int64_t c = columns.edge(threadIdx.x);
-    dx[c] = from_float<T>(gradient<kRich>(to_float(x[c]), weight_at(c), p.softcap, g));
+    dx[c] = from_float<TGrad>(gradient<kRich>(to_float(x[c]), weight_at(c), p.softcap, g));
   }
   for (int first = columns.vectors / step * step + threadIdx.x; first >= 0; first -= step) {
     uint4 loaded[kUnroll<kRich>];
@@ -222,10 +235,10 @@ FASTATTN_DEVICE void write_gradient(const T* x, const Columns<T>& columns, const
         values[i] = gradient<kRich>(values[i], weight ? weight + i : nullptr, p.softcap, g);
       }
       if (alike) {
-        store_vector(dx + c, pack<T>(values));
+        store_gradient<T>(dx + c, values);
       } else {
 #pragma unroll
-        for (int i = 0; i < kVec<T>; i++) dx[c + i] = from_float<T>(values[i]);
+        for (int i = 0; i < kVec<T>; i++) dx[c + i] = from_float<TGrad>(values[i]);
       }
     }
   }
@@ -241,7 +254,7 @@ FASTATTN_DEVICE void fill_zero(T* dx, int64_t vocab) {
 }
 
 // Loss and lse of row blockIdx.x where p.loss is set, its gradient where p.dlogits is.
-template <class T, bool kRich>
+template <class T, class TGrad, bool kRich>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     cross_entropy_kernel(const __grid_constant__ KernelParams p) {
   FASTATTN_SHARED(memory);
@@ -249,7 +262,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   uint4* sRow = reinterpret_cast<uint4*>(memory + kStatsBytes);
   const int64_t r = blockIdx.x;
   const T* x = static_cast<const T*>(p.logits) + r * p.logits_stride;
-  T* dx = p.dlogits ? static_cast<T*>(p.dlogits) + r * p.dlogits_stride : nullptr;
+  TGrad* dx = p.dlogits ? static_cast<TGrad*>(p.dlogits) + r * p.dlogits_stride : nullptr;
   const int64_t target = p.target[r];
   const bool ignored = target == p.ignore_index;
   assert(ignored || (target >= 0 && target < p.vocab));
@@ -292,24 +305,31 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     // In terms that don't cancel where p_y is near 1: p_y − 1 = exp(−nll) − 1.
     const float p_y = expf(-nll);
     const float smooth = kRich ? smooth_weight * p_y - s * weight : 0.0f;
-    dx[target] = from_float<T>(slope * (t * expm1f(-nll) + smooth + u * p_y));
+    dx[target] = from_float<TGrad>(slope * (t * expm1f(-nll) + smooth + u * p_y));
   }
 }
 
-void run(const CrossEntropyParams& p, const Device& device) {
-  with_dtype(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    const int64_t vectors = p.vocab / kVec<T>;
-    int threads = 32;
-    while (threads < kMaxThreads && threads * kVectorsPerThread < vectors) threads *= 2;
-    const int64_t room = (device.shared_bytes - kStatsBytes) / int64_t(sizeof(uint4));
-    const int held = p.dlogits ? int(std::min(vectors, room)) : 0;
-    const Grid grid{p.rows, 1, 1, threads, kStatsBytes + held * int(sizeof(uint4))};
+template <class T, class TGrad>
+void run_as(const CrossEntropyParams& p, const Device& device) {
+  const int64_t vectors = p.vocab / kVec<T>;
+  int threads = 32;
+  while (threads < kMaxThreads && threads * kVectorsPerThread < vectors) threads *= 2;
+  const int64_t room = (device.shared_bytes - kStatsBytes) / int64_t(sizeof(uint4));
+  const int held = p.dlogits ? int(std::min(vectors, room)) : 0;
+  const Grid grid{p.rows, 1, 1, threads, kStatsBytes + held * int(sizeof(uint4))};
 
-    const bool rich = p.softcap > 0 || p.label_smoothing > 0;
-    launch(rich ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>, grid,
-           KernelParams{p, held}, device,
-           "cross_entropy of (" + std::to_string(p.rows) + ", " + std::to_string(p.vocab) + ")");
+  const bool rich = p.softcap > 0 || p.label_smoothing > 0;
+  launch(rich ? cross_entropy_kernel<T, TGrad, true> : cross_entropy_kernel<T, TGrad, false>, grid,
+         KernelParams{p, held}, device,
+         "cross_entropy of (" + std::to_string(p.rows) + ", " + std::to_string(p.vocab) + ")");
+}
+
+void run(const CrossEntropyParams& p, const Device& device) {
+  const DType gradient = p.dlogits ? p.dlogits_dtype : p.dtype;
+  with_dtype(gradient, [&](auto type) {
+    using TGrad = decltype(type);
+    if (p.dtype == gradient) return run_as<TGrad, TGrad>(p, device);
+    if constexpr (!std::is_same_v<TGrad, float>) run_as<float, TGrad>(p, device);
   });
 }
 
