@@ -14,9 +14,9 @@ constexpr int64_t kMinBlock = 2 * kTileQ;
 // Fewer rows, where there are as many, would make too much of packing B. Pairs meet memory twice as
 // often as fp32: what helps there (C met once, finer prefetching) costs a few percent here.
 template <class E>
-constexpr int64_t kEnoughRows = kPairs<E> ? 256 : kMaxBlock;
+constexpr int64_t kEnoughRows = kPairs<E> ? 512 : kMaxBlock;
 template <class E>
-constexpr int64_t kSliceRows = kPairs<E> ? 16 : 64;  // of C, between bursts of prefetching
+constexpr int64_t kSliceRows = kPairs<E> ? 32 : 64;  // of C, between bursts of prefetching
 
 template <class T>
 struct Matrix {
