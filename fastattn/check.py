@@ -30,6 +30,7 @@ from .problem import (
     DecodeProblem,
     LinearCrossEntropyProblem,
 )
+from .weights import attention_entropy
 
 SEED = 1234
 
@@ -44,25 +45,24 @@ def drawn_seed() -> Tensor:
 
 def attention(p: AttentionProblem, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse). It draws drawn_seed(), which p.seed should be."""
-    causal = p.window_right == 0
-    options: dict[str, Any] = {
-        "causal": causal,
-        "window": (p.window_left, -1 if causal else p.window_right),
-        "scale": p.scale,
-        "softcap": p.softcap,
-        "mask": p.mask,
-        "bias": p.bias,
-        "alibi_slopes": p.alibi_slopes,
-        "sinks": p.sinks,
-        "dropout_p": p.dropout_p,
-        "return_lse": True,
-        "backend": backend,
-    }
+    options = _options(p) | {"dropout_p": p.dropout_p, "return_lse": True, "backend": backend}
     torch.manual_seed(SEED)
-    if not p.packed:
-        return public_attention(p.q, p.k, p.v, **options)
-    offsets: Any = (p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen_q, p.max_seqlen_k)
-    return attention_varlen(p.q, p.k, p.v, *offsets, **options)
+    function = attention_varlen if p.packed else public_attention
+    return function(p.q, p.k, p.v, **options)
+
+
+def entropy(p: AttentionProblem, lse: Tensor, backend: str | None = None) -> Tensor:
+    return attention_entropy(p.q, p.k, lse, **_options(p), backend=backend)
+
+
+def _options(p: AttentionProblem) -> dict[str, Any]:
+    """Of the scores, and where packed sequences lie."""
+    causal = p.window_right == 0
+    names = ["scale", "softcap", "mask", "bias", "alibi_slopes", "sinks"]
+    if p.packed:
+        names += ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+    window = (p.window_left, -1 if causal else p.window_right)
+    return {"causal": causal, "window": window, **{name: getattr(p, name) for name in names}}
 
 
 def decode(p: DecodeProblem, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -100,9 +100,15 @@ class Kind(NamedTuple):
 
     cases: Sequence[Any]
     make: Callable[[Any, torch.dtype], Any]  # a case's problem
-    function: Callable[..., tuple[Tensor, Tensor]]
+    function: Callable[..., Any]
     check: Callable[[Callable, Any], None]
     results: Callable[[Callable, Any], testing.Results]  # both passes, compared with nothing
+    also: tuple[tuple[str, Kind], ...] = ()  # (name, how) of what else must pass for its proof
+
+
+ENTROPY = Kind(
+    testing.CASES, testing.make_problem, entropy, testing.check_entropy, testing.entropy_results
+)
 
 
 KINDS = {
@@ -114,6 +120,7 @@ KINDS = {
             attention,
             testing.check_attention,
             testing.attention_results,
+            also=(("entropy", ENTROPY),),
         ),
         DecodeProblem: Kind(
             testing.DECODE_CASES,
@@ -145,8 +152,8 @@ def runs(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, what to call) of each case and dtype that the backend has a kernel for."""
     row = backends.row(backend)
-    for name in kinds:
-        kind = KINDS[name]
+    parts = (part for kind in kinds for part in ((kind, KINDS[kind]), *KINDS[kind].also))
+    for name, kind in parts:
         for case in kind.cases:
             if names and case.name not in names:
                 continue

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.special import entr
 
 from . import reference
 from .cases import (
@@ -52,6 +53,7 @@ __all__ = [
     "check_attention",
     "check_cross_entropy",
     "check_decode",
+    "check_entropy",
     "check_linear_cross_entropy",
     "cross_entropy_expected",
     "cross_entropy_results",
@@ -60,6 +62,7 @@ __all__ = [
     "eager_cross_entropy",
     "eager_decode",
     "eager_linear_cross_entropy",
+    "entropy_results",
     "linear_cross_entropy_expected",
     "linear_cross_entropy_results",
     "make_cross_entropy_problem",
@@ -68,6 +71,7 @@ __all__ = [
     "make_problem",
     "random_like",
     "to_float64",
+    "whole_matrix",
 ]
 
 FORWARD_FACTOR = 2.0
@@ -75,6 +79,7 @@ GRADIENT_FACTOR = 3.0
 
 Results = dict[str, Tensor]  # by the names of the glossary: out, lse, dq, …
 AttentionFunction = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
+EntropyFunction = Callable[[AttentionProblem, Tensor], Tensor]
 DecodeFunction = Callable[[DecodeProblem], tuple[Tensor, Tensor]]
 CrossEntropyFunction = Callable[[CrossEntropyProblem], tuple[Tensor, Tensor]]
 LinearCrossEntropyFunction = Callable[[LinearCrossEntropyProblem], tuple[Tensor, Tensor]]
@@ -229,6 +234,43 @@ def _eager_attention_dense(p: AttentionProblem, first_batch: int = 0) -> tuple[T
     if p.dropout_p > 0:
         weights = weights * reference.dropout_scale(p, weights, first_batch)
     return (weights @ v).transpose(1, 2), lse.masked_fill(empty[..., 0], -torch.inf)
+
+
+# --- the entropy of attention ---------------------------------------------------------------------
+
+
+def check_entropy(function: EntropyFunction, p: AttentionProblem) -> None:
+    """Holds function(p, lse) → −Σ w · log w, of lse's shape, to float64; w is before dropout.
+
+    Scores and weights are fp32 for inputs of every dtype, so a textbook in bfloat16 would be no
+    yardstick. Weights have a relative error of |s| + |lse| times that of fp32, and so has their
+    entropy.
+    """
+    p = p._replace(dropout_p=0.0, seed=None)
+    ours = entropy_results(function, p)["entropy"]
+    assert ours.dtype == torch.float32
+    if p.packed:
+        sequences = reference.packed_sequences(p)
+        ref64 = torch.cat([entr(whole_matrix(s.problem)).sum(-1)[0] for s in sequences], 1)
+    else:
+        ref64 = entr(whole_matrix(p)).sum(-1)
+    torch.testing.assert_close(
+        ours.double(), ref64, rtol=2e-5, atol=2e-5, msg=lambda text: f"entropy: {text}"
+    )
+
+
+def entropy_results(function: EntropyFunction, p: AttentionProblem) -> Results:
+    """The entropy of each row, from the float64 reference's lse."""
+    return {"entropy": function(p, reference.attention(to_float64(p))[1])}
+
+
+def whole_matrix(p: AttentionProblem) -> Tensor:
+    """A dense problem's weights in float64, (B, H_q, S_q, S_k): attention over the unit vectors."""
+    p = to_float64(p)
+    batch, seqlen_k, heads_k, _ = p.k.shape
+    columns = torch.eye(seqlen_k, dtype=torch.float64, device=p.k.device)[None, :, None]
+    v = columns.expand(batch, seqlen_k, heads_k, seqlen_k)
+    return reference.attention(p._replace(v=v))[0].transpose(1, 2)
 
 
 # --- decoding -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastattn import check, library, proof, reference
+from fastattn import backend_cpu, check, library, proof, reference
 
 needs_kernels = pytest.mark.skipif(library.load_error() is not None, reason="no compiled kernels")
 ON_CPU = ["--backend", "cpu", "--device", "cpu"]
@@ -24,9 +24,10 @@ def test_it_counts_and_ends_well(capsys):
     assert check.main([*ON_CPU, "--names", "causal", "mqa", "plain"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "case attention causal float32" in lines
+    assert "case entropy causal float16" in lines
     assert "case decode mqa float16" in lines
     assert "case linear_cross_entropy plain bfloat16" in lines
-    assert lines[-1] == "done 15 cases, 0 failed"
+    assert lines[-1] == "done 18 cases, 0 failed"
 
 
 @needs_kernels
@@ -38,12 +39,23 @@ def test_a_wrong_result_fails_and_the_others_still_run(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     (failed,) = (line for line in lines if line.startswith("FAILED"))
     assert "out: max error" in failed and lines.index(failed) == 2  # after float32 and bfloat16
-    assert lines[-1] == "done 3 cases, 1 failed"
+    assert lines[-1] == "done 6 cases, 1 failed"
 
 
 def wrong_for_bf16(results):
     out, lse = results
     return (out * 1.5 if out.dtype == torch.bfloat16 else out), lse
+
+
+@needs_kernels
+def test_a_wrong_entropy_leaves_attention_unproved(capsys, monkeypatch):
+    right = backend_cpu.attn_entropy
+    monkeypatch.setattr(backend_cpu, "attn_entropy", lambda p, lse: right(p, lse) * 1.001)
+    assert check.main([*ON_CPU, "attention", "--names", "causal"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if line.startswith("FAILED")]
+    assert len(failed) == 3 and all(line.startswith("FAILED entropy: ") for line in failed)
+    assert lines[-1] == "done 6 cases, 3 failed"
 
 
 @needs_kernels

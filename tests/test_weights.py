@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import cpu_isa
 import pytest
 import torch
-from torch import Tensor
 
 import fastattn
-from fastattn import reference
+from fastattn.check import entropy
 from fastattn.problem import AttentionProblem
-from fastattn.testing import CASES, Case, make_problem, to_float64
+from fastattn.testing import CASES, Case, check_entropy, make_problem, whole_matrix
 
-UNDROPPED = [case for case in CASES if case.dropout_p == 0]
-DENSE = [case for case in UNDROPPED if not case.packed]
+DENSE = [case for case in CASES if case.dropout_p == 0 and not case.packed]
 
 
 def options_of(p: AttentionProblem) -> dict:
     window = (p.window_left, p.window_right)
     names = ("scale", "softcap", "mask", "bias", "alibi_slopes", "sinks")
     return {"window": window, **{name: getattr(p, name) for name in names}}
-
-
-def whole_matrix(p: AttentionProblem) -> Tensor:
-    """In float64: attention over the unit vectors, one key at a time."""
-    p = to_float64(p)
-    batch, seqlen_k, heads_k, _ = p.k.shape
-    columns = torch.eye(seqlen_k, dtype=torch.float64)[None, :, None]
-    v = columns.expand(batch, seqlen_k, heads_k, seqlen_k)
-    return reference.attention(p._replace(v=v))[0].transpose(1, 2)  # (B, H_q, S_q, S_k)
 
 
 @pytest.mark.parametrize("case", DENSE, ids=str)
@@ -100,49 +91,20 @@ def test_gradients() -> None:
 # --- entropy --------------------------------------------------------------------------------------
 
 
-def entropy_of(w: Tensor) -> Tensor:
-    return -torch.where(w > 0, w * w.clamp(min=1e-300).log(), 0.0).sum(-1)
-
-
-def entropy_of_problem(p: AttentionProblem) -> Tensor:
-    if not p.packed:
-        return entropy_of(whole_matrix(p))
-    sequences = reference.packed_sequences(p)
-    return torch.cat([entropy_of(whole_matrix(s.problem))[0] for s in sequences], 1)
-
-
-def lse_of(p: AttentionProblem) -> Tensor:
-    return reference.attention(to_float64(p))[1]
-
-
-def packing_of(p: AttentionProblem) -> dict:
-    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    return {name: getattr(p, name) for name in names} if p.packed else {}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", UNDROPPED, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_entropy(backend: str, case: Case, dtype: torch.dtype) -> None:
-    check_entropy(backend, case, dtype)
+    check_entropy(partial(entropy, backend=backend), make_problem(case, dtype))
 
 
 FEW = ("causal", "window", "mask-empty-rows", "sinks", "no-keys", "gqa-8", "everything")
-FEW += tuple(case.name for case in UNDROPPED if case.packed)
+FEW += tuple(case.name for case in CASES if case.packed)
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("case", [c for c in UNDROPPED if c.name in FEW], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in FEW], ids=str)
 def test_entropy_of_kernels_for_gpus(backend: str, case: Case) -> None:
-    check_entropy(backend, case, torch.float16)
-
-
-def check_entropy(backend: str, case: Case, dtype: torch.dtype) -> None:
-    """Weights have a relative error of |s| + |lse| times that of fp32, and so has their entropy."""
-    p = make_problem(case, dtype)
-    options = options_of(p) | packing_of(p)
-    got = fastattn.attention_entropy(p.q, p.k, lse_of(p), **options, backend=backend)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), entropy_of_problem(p), rtol=2e-5, atol=2e-5)
+    check_entropy(partial(entropy, backend=backend), make_problem(case, torch.float16))
 
 
 @pytest.mark.slow
@@ -156,7 +118,7 @@ def test_entropy_of_some_rows_and_heads() -> None:
     p = make_problem(case, torch.float32)
     options = options_of(p)
     _, lse = fastattn.attention(p.q, p.k, p.v, **options, return_lse=True)
-    expected = entropy_of(whole_matrix(p))
+    expected = torch.special.entr(whole_matrix(p)).sum(-1)
     for block_bytes in (1 << 26, 1, 8 * 11 * 4 * 2 * 4):
         some = fastattn.attention_entropy(
             p.q, p.k, lse, rows=[-1, 0, 3, 4, 5], block_bytes=block_bytes, **options
