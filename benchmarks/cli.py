@@ -120,7 +120,7 @@ def run(argv: list[str]) -> int:
         named=named,
         resume=args.resume,
         supervised=args.supervised,
-        options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        options=results.options_of(args),
     )
     with Show(len(chosen)) as show:
         print(

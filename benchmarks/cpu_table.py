@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
         quick=args.isa is not None,  # fewer rounds: torch's bf16 takes seconds a call in AVX2
         budget=args.budget,
         resume=True,
-        options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        options=results.options_of(args),
     )
     with Show(len(cases)) as show:
         print(f"{len(cases)} cases on {stamp['cpu']}, each on disk when done: {plan.out}")

@@ -6,6 +6,7 @@ that a run which is cut loses nothing that was finished.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,11 @@ def by_kind(documents: list[tuple[Path, Document]]) -> Kinds:
 def is_held(document: Document) -> bool:
     """Whether the run was made to leave wider instructions of its processor unused."""
     return "FASTATTN_CPU_ISA" in document["machine"].get("environment", {})
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """A run's options for its record: all but the path that it is written to."""
+    return {name: value for name, value in vars(args).items() if name != "out"}
 
 
 def path_of(out: Path, machine: dict[str, Any]) -> Path:
