@@ -205,9 +205,12 @@ class Run:
             try:
                 return interleave(self.plan.device, calls, seconds, cold=cold, min_rounds=rounds)
             except CallFailedError as error:  # where all are held there may be no memory for one
-                reason = f"{reason_of(error)}, when all took turns"
-                entries[error.name] = {"refused": reason}
-                del taken[error.name]
+                if error.name == STREAMING:
+                    beside.clear()
+                else:
+                    reason = f"{reason_of(error)}, when all took turns"
+                    entries[error.name] = {"refused": reason}
+                    del taken[error.name]
             self.tidy()
         return {}
 

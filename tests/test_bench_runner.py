@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from benchmarks import ceilings, machine, results, supervise
+from benchmarks import ceilings, machine, results, runner, supervise
 from benchmarks.case import Call, Case, Peer
 from benchmarks.device import Cpu
 from benchmarks.runner import Plan, Run, matching, reason_of
@@ -114,6 +114,15 @@ def test_memory_is_timed_beside_what_it_bounds(tmp_path):
     assert set(result["peers"]) == {"fastattn cpu", "torch"}
     assert result["streaming_seconds"] > 0
     assert result["floor_seconds"] == max(1e-3, result["streaming_seconds"])
+
+
+def test_peers_are_timed_where_memory_beside_them_can_not_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "streaming", lambda case: Call(lambda: fails(0), lambda _: {}))
+    run = Run(plan(tmp_path, [Reads()], peers=PEERS[:2]))
+    assert run()
+    (result,) = run.document["results"]
+    assert all("seconds" in found for found in result["peers"].values())
+    assert "streaming_seconds" not in result and result["bound"] == "compute"
 
 
 def test_compiling_peers_join_the_most_telling_cases(tmp_path):
