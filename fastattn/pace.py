@@ -11,7 +11,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 TIME_USED = 0.94  # of the limit: the rest is for saving, and jitter
 FIRST = 0.02  # share of the time after which steps are counted first
@@ -27,6 +28,7 @@ class Pace:
     steps: int  # that the run takes in all
     position: float = 0.0  # of the next step
     stride: float = 1.0  # positions a step
+    timed: bool = False  # steps is what fits into a time, not a guess
 
     def advance(self) -> None:
         self.position += self.stride
@@ -37,15 +39,15 @@ class Pace:
         Where the rate is flat, at once to the position of a run of so many steps from the start: so
         the flat part is as long as it would have been, had that been known.
         """
-        self.steps = step + left
+        self.steps, self.timed = step + left, True
         even = self.length * step / self.steps
         if rate(even) == rate(self.position):
             self.position = even
         if left:
             self.stride = (self.length - self.position) / left
 
-    def state_dict(self) -> dict[str, float]:
-        return {"steps": self.steps, "position": self.position, "stride": self.stride}
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "length"}
 
 
 class TimeLimit:

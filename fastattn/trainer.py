@@ -266,7 +266,7 @@ def lr_factor(c: TrainConfig, step: float) -> float:
 def time_limit(t: Trainer, begin: float) -> TimeLimit | None:
     """Of a run that has one and was not timed before; what was decided stays when it is resumed."""
     c = t.config
-    if c.max_minutes is None or t.pace.stride != 1.0:
+    if c.max_minutes is None or t.pace.timed:
         return None
     tokens = c.eval_windows * c.T if c.eval_windows else len(t.val_data)
     share = tokens / t.tokens_per_step
@@ -285,12 +285,12 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
     begin = time.perf_counter()
     if not resume:
         check_folder(config.out, overwrite)
-        config = resolve(config)  # what can't be run is told before a run is removed
-        clear_folder(config.out)
-    t = Trainer(config)
+    t = Trainer(config)  # what can't be run is told before a run is removed
     c, folder = t.config, config.out
     if resume:
         t.load(folder / CHECKPOINTS)
+    else:
+        clear_folder(folder)
     write_json(folder / CONFIG, to_dict(c))
     t.tokenizer.save(folder)
 

@@ -86,9 +86,9 @@ def test_the_rest_of_the_schedule_is_spread_over_what_is_left():
     for _ in range(10):
         here.advance()
     here.retime(10, 30, rate=float)
-    assert here == Pace(100, 40, position=10.0, stride=3.0)
+    assert here == Pace(100, 40, position=10.0, stride=3.0, timed=True)
     assert Pace(100, **here.state_dict()) == here
     here.retime(10, 15, rate=lambda position: 1.0)  # as in 25 steps from the start
-    assert here == Pace(100, 25, position=40.0, stride=4.0)
+    assert here == Pace(100, 25, position=40.0, stride=4.0, timed=True)
     here.retime(10, 0, rate=float)
     assert here.steps == 10
