@@ -11,8 +11,9 @@ constexpr int64_t kDepth = 128;  // elements: a panel of B is 32 KB with AVX-512
 // Rows and columns of a block of C: kMaxBlock × kDepth elements of A are 512 KB.
 constexpr int64_t kMaxBlock = 1024;
 constexpr int64_t kMinBlock = 2 * kTileQ;
-// Fewer rows, where there are as many, would make too much of packing B. Pairs meet memory twice as
-// often as fp32: what helps there (C met once, finer prefetching) costs a few percent here.
+// Fewer rows, where there are as many, would make too much of packing B. Pairs are through with
+// them in half the time, so that they take fewer and prefetch more often (on Zen 5, 512 rows and
+// slices of 32 are 2 % faster in linear cross-entropy than 256 and 16).
 template <class E>
 constexpr int64_t kEnoughRows = kPairs<E> ? 512 : kMaxBlock;
 template <class E>
