@@ -24,13 +24,13 @@ HELD = {  # by --isa: fastattn's kernels, torch's own, and the libraries of its 
 }
 
 
-def prepare_environment(argv: list[str]) -> None:
-    """Threads bound to cores, as in `python -m benchmarks`, and the instruction set of --isa."""
-    for name, value in {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}.items():
-        os.environ.setdefault(name, value)
+def environment(argv: list[str]) -> dict[str, str]:
+    """What to set: threads bound to cores, as in `python -m benchmarks`, and --isa's set."""
+    bound = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--isa")
-    os.environ |= HELD.get(options.parse_known_args(argv)[0].isa, {})
+    held = HELD.get(options.parse_known_args(argv)[0].isa, {})
+    return {name: value for name, value in bound.items() if name not in os.environ} | held
 
 
 if __name__ == "__main__":
@@ -38,7 +38,7 @@ if __name__ == "__main__":
         sys.path[0] = str(Path(__file__).resolve().parent.parent)
         runpy.run_module("benchmarks.bench_cpu", run_name="__main__", alter_sys=True)
         sys.exit()
-    prepare_environment(sys.argv[1:])
+    os.environ |= environment(sys.argv[1:])
     from .cpu_table import main
 
     try:

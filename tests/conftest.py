@@ -153,6 +153,19 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def environment_stays() -> Iterator[None]:
+    """What decides on kernels: left behind, it would quietly change what later tests run."""
+    names = ("FASTATTN_", "ATEN_", "MKL_", "ONEDNN_", "OMP_")
+
+    def chosen() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith(names)}
+
+    before = chosen()
+    yield
+    assert chosen() == before
+
+
+@pytest.fixture(autouse=True)
 def seed_all() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
